@@ -1,0 +1,72 @@
+"""The pixel decoder: feature maps become one map of mask features and the memory that the queries attend to.
+
+arXiv:2107.06278, section 3.4: a feature pyramid with GroupNorm. Optionally, transformer encoder layers refine the
+coarsest map first ("+ 6 Enc" in the paper's tables, the default for ResNets on COCO panoptic).
+
+Letters: B images, C channels (hidden_dim), H W padded image, h w finest map, N tokens of the coarsest map.
+"""
+
+import math
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskformer.config import ModelConfig
+from maskformer.transformer import EncoderLayer
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+        # 32 groups for every published size; the gcd lets a small model have 48 or 80 channels.
+        nn.GroupNorm(math.gcd(32, out_channels), out_channels),
+    )
+
+
+class PixelDecoder(nn.Module):
+    """Feature pyramid over four maps, with `config.encoder_layers` transformer layers on the coarsest (0: none)."""
+
+    def __init__(self, channels: tuple[int, ...], config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_dim
+        *finer, coarsest = channels
+        self.projection = nn.Conv2d(coarsest, hidden, 1)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.top = _conv_norm(hidden if config.encoder_layers else coarsest, hidden, 3).append(nn.ReLU())
+        # Coarse to fine, the order of use.
+        self.laterals = nn.ModuleList(_conv_norm(width, hidden, 1) for width in reversed(finer))
+        self.outputs = nn.ModuleList(_conv_norm(hidden, hidden, 3).append(nn.ReLU()) for _ in finer)
+        self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
+        # Caffe2's Xavier, uniform +-sqrt(3 / fan_in), on every convolution as in the original code. mmdetection
+        # means to, but its loop ends one level early: there both res4 convolutions keep a wider Kaiming normal.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        features: list[Float[Tensor, "B _C _h _w"]],
+        positions: Float[Tensor, "B N C"],
+        ignored: Bool[Tensor, "B N"] | None,
+    ) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B N C"]]:
+        """Return the mask features, as fine as the finest map, and the memory.
+
+        Args:
+            features: four maps, fine to coarse.
+            positions: of the coarsest map, as `sine_positions` gives them.
+            ignored: True where a cell of the coarsest map is padding.
+        """
+        *finer, coarsest = features
+        memory = self.projection(coarsest).flatten(2).transpose(1, 2)
+        for layer in self.encoder:
+            memory = layer(memory, positions, ignored)
+        if len(self.encoder) > 0:
+            coarsest = memory.transpose(1, 2).unflatten(2, coarsest.shape[-2:])
+        x = self.top(coarsest)
+        for feature, lateral, output in zip(reversed(finer), self.laterals, self.outputs, strict=True):
+            fine: Tensor = lateral(feature)
+            x = output(fine + F.interpolate(x, size=fine.shape[-2:], mode="nearest"))
+        return self.mask_features(x), memory

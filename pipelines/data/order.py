@@ -1,0 +1,94 @@
+"""Which sample stands where: a pure function of (seed, position) that knows nothing of workers or timing.
+
+The training sequence is endless: epoch after epoch, each a permutation of all N samples. Global step s
+takes the positions [s*G, (s+1)*G) of it, so a batch may straddle two epochs and nothing is dropped or
+repeated. A step's positions are cut into micro-batches of fixed size, dealt to the workers in turn; the
+number of workers changes who computes a micro-batch, never what is in it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from pipelines.errors import UserError
+
+
+def samples_at(positions: np.ndarray, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epoch and the sample index, in 0..num_samples-1, of each position (int64 arrays)."""
+    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+    samples = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        of_epoch = epochs == epoch
+        samples[of_epoch] = permutation(num_samples, seed, int(epoch))[places[of_epoch]]
+    return epochs, samples
+
+
+@lru_cache(maxsize=2)
+def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return epoch `epoch`'s order of the samples.
+
+    Sorts by a hash (splitmix64's finaliser) instead of asking NumPy's generator, whose streams may change
+    between releases: a run must be able to go on after an upgrade.
+    """
+    of_run = _mix(np.array([seed], np.uint64))
+    of_epoch = _mix(np.array([epoch], np.uint64) ^ of_run)
+    keys = _mix(np.arange(num_samples, dtype=np.uint64) ^ of_epoch)
+    return np.argsort(keys, kind="stable")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers, one to one."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How the global batch of every step is split: workers x micro-batch x accumulation."""
+
+    global_batch: int
+    micro_batch: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.micro_batch:
+            raise UserError(
+                f"The global batch of {self.global_batch} is not a multiple of the micro-batch of {self.micro_batch} "
+                f"images. Use a global batch of {self.micro_batch * ceil(self.global_batch / self.micro_batch)}."
+            )
+        micro_batches = self.global_batch // self.micro_batch
+        if micro_batches % self.workers:
+            possible = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+            nearest = min(possible, key=lambda n: (abs(n - self.workers), n))
+            raise UserError(
+                f"{self.workers} workers cannot give the global batch of {self.global_batch} with {self.micro_batch} "
+                f"image(s) per micro-batch: {micro_batches} micro-batches do not divide evenly among them. "
+                f"Use --scaling.workers {nearest} (possible: {', '.join(map(str, possible))})."
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each worker computes per step."""
+        return self.global_batch // (self.micro_batch * self.workers)
+
+    def positions(self, rank: int, first_step: int, last_step: int) -> np.ndarray:
+        """Return worker `rank`'s positions of the steps [first_step, last_step), in the order it takes them.
+
+        Its a-th micro-batch of a step is the step's micro-batch number a * workers + rank.
+        """
+        steps = np.arange(first_step, last_step, dtype=np.int64)[:, None, None]
+        turns = np.arange(self.accumulation, dtype=np.int64)[None, :, None]
+        within = np.arange(self.micro_batch, dtype=np.int64)[None, None, :]
+        return (steps * self.global_batch + (turns * self.workers + rank) * self.micro_batch + within).ravel()
+
+    def __str__(self) -> str:
+        return f"{self.global_batch} = {self.workers} workers x {self.micro_batch} images x {self.accumulation}"
+
+
+def total_steps(epochs: float, num_samples: int, global_batch: int) -> int:
+    """Return the steps that take every sample `epochs` times; the last step may reach into the next epoch."""
+    return ceil(epochs * num_samples / global_batch)

@@ -1,0 +1,111 @@
+"""The pixels of one annotated image: decode the two files, and number the segments that are targets.
+
+A panoptic PNG holds segment ids, R + 256 G + 65536 B, where 0 is void (cocodataset.org/#format-data, 4).
+H W is the image, N the numbered segments, R the runs of equal ids.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from maskformer.taxonomy import Taxonomy
+from pipelines.data.coco import Segment
+
+
+def decode_image(content: bytes) -> npt.NDArray[np.uint8]:
+    """Decode an image file to uint8 [H, W, 3] RGB; grey and CMYK become RGB.
+
+    An EXIF orientation is not applied: COCO's annotations were drawn on the stored pixels.
+
+    Raises:
+        ValueError: the bytes are not a whole image.
+    """
+    return np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
+
+
+def decode_panoptic(content: bytes) -> npt.NDArray[np.int32]:
+    """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
+
+    Raises:
+        ValueError: the bytes are not a whole PNG with three 8-bit channels.
+    """
+    image = _open(content)
+    if image.format != "PNG" or image.mode != "RGB":
+        raise ValueError(f"it is a {image.format} of mode {image.mode}, not a PNG of mode RGB")
+    channels = np.zeros((image.height, image.width, 4), np.uint8)
+    channels[:, :, :3] = np.asarray(image)
+    return channels.view("<i4")[:, :, 0].astype(np.int32, copy=False)
+
+
+def index_map(
+    ids: npt.NDArray[np.int32], segments: Sequence[Segment], taxonomy: Taxonomy
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int16]]:
+    """Number the segments of one image: `k` on the pixels of the k-th, 0 on void and crowds.
+
+    Things come first, one number each, in the order of `segments`; then stuff in ascending class index, all
+    segments of a class under one number. A segment without a pixel gets no number.
+
+    Args:
+        ids: [H, W].
+
+    Returns:
+        The map, uint16 [H, W], and the class index of each number, int16 [N].
+    """
+    values, run_of_value, runs = pixel_runs(ids)
+    present = set(values.tolist())
+    things: list[tuple[int, int]] = []
+    stuff: dict[int, list[int]] = {}
+    for segment in segments:
+        if segment["iscrowd"] or segment["id"] not in present:
+            continue
+        class_index = taxonomy.class_index(segment["category_id"])
+        if taxonomy.is_thing(class_index):
+            things.append((class_index, segment["id"]))
+        else:
+            stuff.setdefault(class_index, []).append(segment["id"])
+    targets = [(class_index, [identifier]) for class_index, identifier in things] + sorted(stuff.items())
+
+    number_of = {identifier: number for number, (_, members) in enumerate(targets, 1) for identifier in members}
+    numbers = np.array([number_of.get(value, 0) for value in values.tolist()], np.uint16)
+    classes = np.array([class_index for class_index, _ in targets], np.int16)
+    return np.repeat(numbers[run_of_value], runs.length).reshape(ids.shape), classes
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Stretches of equal pixels within a row of the image, in reading order; three int arrays [R]."""
+
+    y: npt.NDArray[np.intp]
+    x: npt.NDArray[np.intp]
+    length: npt.NDArray[np.intp]
+
+
+def pixel_runs(
+    ids: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp], Runs]:
+    """Describe an id map by its runs: a hundredth of the pixels, so that all else costs next to nothing.
+
+    Returns:
+        The ids that occur, ascending; for each run the place of its id among them; the runs.
+    """
+    width = ids.shape[1]
+    starts = np.ones(ids.shape, bool)
+    np.not_equal(ids[:, 1:], ids[:, :-1], out=starts[:, 1:])
+    start = np.flatnonzero(starts)
+    values, run_of_value = np.unique(ids.ravel()[start], return_inverse=True)
+    y, x = np.divmod(start, width)
+    return values, run_of_value, Runs(y, x, np.diff(start, append=ids.size))
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    # Pillow raises SyntaxError for broken PNG chunks, and its own error for a size that no photograph has.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"it cannot be decoded ({error})") from error
+    return image

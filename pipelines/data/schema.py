@@ -1,0 +1,121 @@
+"""The contracts of the data pipeline: four pyarrow schemas, each with a name and a version.
+
+The packer writes PACKED and INDEX; Ray Data tasks read PACKED and emit
+AUGMENTED for the trainer or RESIZED for the predictor, and whoever receives a batch asserts its schema.
+Name and version travel in the schema's metadata. A change of meaning is a new version even if no type changes.
+"""
+
+import pyarrow as pa
+
+_NAME, _VERSION = b"maskformer.schema", b"maskformer.version"
+
+
+def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={_NAME: name.encode(), _VERSION: str(version).encode()})
+
+
+PACKED = _schema(
+    "packed",
+    1,
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("file_name", pa.string()),  # of the image, as the annotation JSON has it
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("image", pa.large_binary()),  # the image file's bytes, untouched
+        pa.field("panoptic", pa.large_binary()),  # the panoptic PNG's bytes, untouched
+        pa.field(
+            "segments",  # in the annotation's order; ids are those of the PNG, R + 256 G + 65536 B
+            pa.list_(pa.struct([("id", pa.int32()), ("category_id", pa.int32()), ("iscrowd", pa.bool_())])),
+        ),
+        pa.field("sha256", pa.string()),  # of the image bytes followed by the panoptic bytes
+    ],
+)
+"""One row is one image with its annotation."""
+
+INDEX = _schema(
+    "index",
+    1,
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("file_name", pa.string()),
+        pa.field("shard", pa.int32()),  # place in the manifest's list of shards
+        pa.field("row", pa.int32()),  # within the shard; also the number of its row group
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("num_things", pa.int32()),  # segments of a thing class, crowds not counted
+        pa.field("num_segments", pa.int32()),  # all segments, crowds not counted
+    ],
+)
+"""One row per packed row, in ascending image id: what can be asked of a pack without reading pictures."""
+
+AUGMENTED = _schema(
+    "augmented",
+    1,
+    [
+        pa.field("position", pa.int64()),  # place in the endless order of samples
+        pa.field("epoch", pa.int32()),
+        pa.field("image_id", pa.int64()),
+        pa.field("height", pa.int32()),  # of the augmented image
+        pa.field("width", pa.int32()),
+        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row by row
+        # height * width uint16, little-endian, row by row: 0 is void or crowd, k the k-th segment
+        pa.field("index_map", pa.large_binary()),
+        pa.field("classes", pa.list_(pa.int16())),  # class index of each segment
+    ],
+)
+"""One row is one training sample, ready to be padded and stacked."""
+
+RESIZED = _schema(
+    "resized",
+    1,
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("file_name", pa.string()),
+        pa.field("height", pa.int32()),  # of the image as resized for the model
+        pa.field("width", pa.int32()),
+        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row by row
+        pa.field("original_height", pa.int32()),
+        pa.field("original_width", pa.int32()),
+        pa.field("panoptic", pa.large_binary()),  # the truth at its original size, as packed
+        pa.field("segments", PACKED.field("segments").type),
+    ],
+)
+"""One row is one image ready for inference, with the truth to score it against."""
+
+
+def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Check that `data` has the columns, types and version of `expected`.
+
+    Nullability and the metadata of single columns are not compared.
+
+    Args:
+        where: names the data in the message, such as a file's URI.
+
+    Raises:
+        ValueError: they differ; the message lists each difference.
+    """
+    found = data if isinstance(data, pa.Schema) else data.schema
+    wanted, got = _label(expected), _label(found)
+    differences = [f"schema {got} instead of {wanted}"] if got != wanted else []
+    for field in expected:
+        indices = found.get_all_field_indices(field.name)
+        if len(indices) != 1:
+            differences.append(f"column {field.name} is {'missing' if not indices else 'there more than once'}")
+        elif found.field(indices[0]).type != field.type:
+            differences.append(f"column {field.name} is {found.field(indices[0]).type} instead of {field.type}")
+    differences += [f"column {name} is unknown" for name in found.names if name not in expected.names]
+    if not differences and found.names != expected.names:
+        differences.append(f"the columns stand in the order {found.names} instead of {expected.names}")
+    if differences:
+        raise ValueError(
+            f"{where} does not have the schema {wanted}: {'; '.join(differences)}. "
+            f"Write it again with this version of the program."
+        )
+
+
+def _label(schema: pa.Schema) -> str:
+    metadata = schema.metadata or {}
+    if _NAME not in metadata:
+        return "without a name"
+    return f"{metadata[_NAME].decode()} v{metadata.get(_VERSION, b'?').decode()}"

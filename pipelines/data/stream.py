@@ -1,0 +1,277 @@
+"""The Ray Data graphs: from packed shards to batches in a given order. Only wiring.
+
+Each rank builds its own small plan, a table of (position, image, shard, row) whose order is already decided,
+and reads it through one Ray Data operator: a task fetches its rows from the shards, decodes and augments them
+and hands back an Arrow batch. Blocks keep their order (`preserve_order`), so a rank gets exactly its plan,
+from whatever position it starts, and knows nothing of the other ranks.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from maskformer.inference import resize_image, resized_shape
+from maskformer.taxonomy import Taxonomy
+from pipelines.data import order
+from pipelines.data.augment import AugmentConfig, Sample, augment, sample_rng
+from pipelines.data.batch import PanopticBatch
+from pipelines.data.manifest import read_index, read_manifest
+from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
+from pipelines.errors import UserError
+from pipelines.storage import absolute, locate, sha256
+
+_TASKS_PER_EXECUTION = 512
+"""Ray Data plans an execution's blocks ahead, so an endless run is a chain of executions of this many tasks."""
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """The images of a pack that a job works on."""
+
+    uri: str
+    shards: tuple[str, ...]
+    taxonomy: Taxonomy
+    data_hash: str
+    image_ids: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    num_left_out: int
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def subset(self, count: int) -> "PackedSet":
+        """Return `count` images spread evenly over the set; always the same ones."""
+        return self.take(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
+
+    def take(self, places: np.ndarray) -> "PackedSet":
+        """Return the images at `places`, in that order."""
+        fields = {**vars(self), "image_ids": self.image_ids[places]}
+        return PackedSet(**{**fields, "shard": self.shard[places], "row": self.row[places]})
+
+
+def open_pack(uri: str, require_thing: bool = False) -> PackedSet:
+    """Open a pack; with `require_thing`, leave out images without a thing that is not a crowd.
+
+    Raises:
+        UserError: there is no complete pack, or no image is left.
+    """
+    uri = absolute(uri)
+    location = locate(uri)
+    manifest = read_manifest(location)
+    index = read_index(location, manifest)
+    kept = index["num_things"].to_numpy() > 0 if require_thing else np.ones(len(index), bool)
+    if not kept.any():
+        raise UserError(
+            f"No image of {uri} can be used: {len(index)} images, none with a thing that is not a crowd. "
+            f"Use --data.no-require-thing to train on stuff alone."
+        )
+    return PackedSet(
+        uri=uri,
+        shards=tuple(str(location / shard.file) for shard in manifest.shards),
+        taxonomy=manifest.taxonomy,
+        data_hash=manifest.data_hash,
+        image_ids=index["image_id"].to_numpy()[kept],
+        shard=index["shard"].to_numpy()[kept],
+        row=index["row"].to_numpy()[kept],
+        num_left_out=int((~kept).sum()),
+    )
+
+
+def training_batches(
+    samples: PackedSet,
+    positions: np.ndarray,
+    *,
+    seed: int,
+    augmentation: AugmentConfig,
+    micro_batch: int,
+    samples_per_task: int,
+    cpus: float,
+    prefetch: int,
+) -> Generator[PanopticBatch]:
+    """Yield the samples at `positions`, augmented, in that order, as micro-batches.
+
+    Args:
+        positions: this rank's places in the endless order; a multiple of `micro_batch`.
+        samples_per_task: images that one Ray Data task makes; rounded up to whole micro-batches.
+        cpus: the share of the cluster's CPUs that this rank's tasks may use at a time.
+        prefetch: micro-batches to hold ready in this process.
+    """
+    samples_per_task = micro_batch * -(-samples_per_task // micro_batch)
+    operator = _LoadAndAugment(samples.shards, samples.taxonomy, seed, augmentation)
+
+    def produce() -> Iterator[PanopticBatch]:
+        chunk = samples_per_task * _TASKS_PER_EXECUTION
+        for start in range(0, len(positions), chunk):
+            plans = _plans(samples, positions[start : start + chunk], seed, samples_per_task)
+            for table in _execute(plans, operator, cpus).iter_batches(
+                batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=1
+            ):
+                yield PanopticBatch.from_arrow(table)
+
+    return _ahead(produce, prefetch)
+
+
+def resized_images(
+    samples: PackedSet, *, short_side: int, long_side: int, samples_per_task: int, cpus: float
+) -> ray.data.Dataset:
+    """Return a dataset of the RESIZED schema: every image of `samples` once, resized as for inference."""
+    operator = _LoadAndResize(samples.shards, short_side, long_side)
+    plan = _plan_table(samples.image_ids, samples.shard, samples.row)
+    return _through(operator, _cut(plan, samples_per_task), cpus)
+
+
+def _plans(samples: PackedSet, positions: np.ndarray, seed: int, samples_per_task: int) -> list[pa.Table]:
+    epochs, places = order.samples_at(positions, len(samples), seed)
+    plan = _plan_table(samples.image_ids[places], samples.shard[places], samples.row[places])
+    plan = plan.append_column("position", pa.array(positions)).append_column("epoch", pa.array(epochs, pa.int32()))
+    return _cut(plan, samples_per_task)
+
+
+def _plan_table(image_ids: np.ndarray, shard: np.ndarray, row: np.ndarray) -> pa.Table:
+    return pa.table({"image_id": image_ids, "shard": shard, "row": row})
+
+
+def _cut(plan: pa.Table, rows: int) -> list[pa.Table]:
+    # Copied, since a slice would be pickled with the whole table behind it.
+    return [plan.take(list(range(start, min(start + rows, len(plan))))) for start in range(0, len(plan), rows)]
+
+
+def _execute(plans: list[pa.Table], operator: Callable[[pa.Table], pa.Table], cpus: float) -> ray.data.DataIterator:
+    dataset = _through(operator, plans, cpus)
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    # Every rank runs an executor of its own, which would otherwise plan with the whole cluster.
+    share = cpus / max(cpus, ray.cluster_resources().get("CPU", 1.0))
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    options.resource_limits = options.resource_limits.copy(cpu=cpus, object_store_memory=share * store / 2)
+    return dataset.iterator()
+
+
+def _through(operator: Callable[[pa.Table], pa.Table], plans: list[pa.Table], cpus: float) -> ray.data.Dataset:
+    # Ray Data describes every execution and draws bars for it, and there is one per few thousand images.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data.from_arrow(plans).map_batches(
+        operator, batch_size=None, batch_format="pyarrow", num_cpus=min(1.0, cpus)
+    )
+
+
+@dataclass(frozen=True)
+class _LoadAndAugment:
+    """One training task: rows of a plan in, AUGMENTED rows out, in the same order."""
+
+    shards: tuple[str, ...]
+    taxonomy: Taxonomy
+    seed: int
+    config: AugmentConfig
+
+    def __call__(self, plan: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._sample(row) for row in plan.to_pylist()], schema=AUGMENTED)
+
+    def _sample(self, plan: dict) -> dict:
+        packed = _read_row(self.shards[plan["shard"]], plan["row"], plan["image_id"])
+        plane, classes = index_map(decode_panoptic(packed["panoptic"]), packed["segments"], self.taxonomy)
+        sample = Sample(decode_image(packed["image"]), plane, classes)
+        sample = augment(sample, sample_rng(self.seed, plan["epoch"], plan["image_id"]), self.config)
+        return {
+            "position": plan["position"],
+            "epoch": plan["epoch"],
+            "image_id": plan["image_id"],
+            "height": sample.image.shape[0],
+            "width": sample.image.shape[1],
+            "image": sample.image.tobytes(),
+            "index_map": sample.index_map.astype("<u2").tobytes(),
+            "classes": sample.classes.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class _LoadAndResize:
+    """One inference task: rows of a plan in, RESIZED rows out, in the same order."""
+
+    shards: tuple[str, ...]
+    short_side: int
+    long_side: int
+
+    def __call__(self, plan: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._image(row) for row in plan.to_pylist()], schema=RESIZED)
+
+    def _image(self, plan: dict) -> dict:
+        packed = _read_row(self.shards[plan["shard"]], plan["row"], plan["image_id"])
+        shape = resized_shape(packed["height"], packed["width"], self.short_side, self.long_side)
+        image = resize_image(decode_image(packed["image"]), shape)
+        return {
+            "image_id": packed["image_id"],
+            "file_name": packed["file_name"],
+            "height": shape[0],
+            "width": shape[1],
+            "image": image.tobytes(),
+            "original_height": packed["height"],
+            "original_width": packed["width"],
+            "panoptic": packed["panoptic"],
+            "segments": packed["segments"],
+        }
+
+
+@lru_cache(maxsize=64)
+def _open_shard(uri: str) -> pq.ParquetFile:
+    location = locate(uri)
+    shard = pq.ParquetFile(location.filesystem.open_input_file(location.path), pre_buffer=True)
+    require(shard.schema_arrow, PACKED, uri)
+    return shard
+
+
+def _read_row(shard: str, row: int, image_id: int) -> dict:
+    """Read one image's row group and check that it is the one that was packed."""
+    packed = _open_shard(shard).read_row_group(row).to_pylist()[0]
+    if packed["image_id"] != image_id or sha256(packed["image"] + packed["panoptic"]) != packed["sha256"]:
+        raise ValueError(
+            f"Row {row} of {shard} is damaged: its bytes are not those of image {image_id} as it was packed. "
+            f"Delete the pack and run prepare_data.py again."
+        )
+    return packed
+
+
+def _ahead(produce: Callable[[], Iterator[PanopticBatch]], depth: int) -> Generator[PanopticBatch]:
+    """Run `produce` in a thread, at most `depth` items ahead: the next execution starts while the trainer works."""
+    items: queue.Queue = queue.Queue(maxsize=max(1, depth))
+    stopped = threading.Event()
+    end = object()
+
+    def offer(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.5)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in produce():
+                if not offer(item):
+                    return
+            offer(end)
+        except BaseException as error:  # handed to the consumer, which raises it
+            offer(error)
+
+    threading.Thread(target=work, name="sample stream", daemon=True).start()
+    try:
+        while (item := items.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

@@ -1,0 +1,143 @@
+"""One way to name a place, whether a local path or an s3:// URI.
+
+Credentials, region and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...),
+never from a configuration. A file becomes visible whole or not at all: an object store does that by
+itself, and on a local disk it is written beside its place and renamed.
+"""
+
+import errno
+import hashlib
+import os
+import posixpath
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines.errors import UserError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def is_remote(uri: str) -> bool:
+    """Tell whether `uri` names an object store rather than a path of this machine."""
+    return bool(_SCHEME.match(uri)) and not uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` unchanged if it has a scheme, else as an absolute path (workers have another directory)."""
+    if is_remote(uri):
+        return uri.rstrip("/")
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder: where it lives and how to reach it. Compare and print it by `uri`."""
+
+    filesystem: fs.FileSystem
+    path: str
+    uri: str
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.filesystem, posixpath.join(self.path, name), posixpath.join(self.uri, name))
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type == fs.FileType.Directory
+
+    def names(self) -> list[str]:
+        """List the names in this folder, sorted; an absent folder has none."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Put `data` in place at once, creating the folders above.
+
+        Raises:
+            UserError: the disk is full, or the place may not be written. Nothing of it is left behind.
+        """
+        if not self.is_local:
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        target = Path(self.path)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _explained(error, self.uri) from error
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def delete(self) -> None:
+        """Delete this file or folder with all in it; absent is fine."""
+        kind = self.filesystem.get_file_info(self.path).type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind != fs.FileType.NotFound:
+            self.filesystem.delete_file(self.path)
+
+
+def _explained(error: OSError, uri: str) -> OSError | UserError:
+    if error.errno in _FULL:
+        return UserError(
+            f"Cannot write {uri}: no space is left ({error.strerror}). What was finished before stays valid; "
+            f"free some space or choose another place, and run the same command again."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return UserError(f"Cannot write {uri}: {error.strerror}. Choose a place that this user may write.")
+    return error
+
+
+def locate(uri: str | os.PathLike[str]) -> Location:
+    """Open the place that a path or URI names; nothing is created or read.
+
+    Raises:
+        UserError: the scheme is unknown or the URI malformed.
+    """
+    uri = absolute(os.fspath(uri))
+    if not is_remote(uri):
+        return Location(fs.LocalFileSystem(), uri, uri)
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(f"Cannot open {uri}: {error}. Use a path or a URI such as s3://bucket/folder.") from error
+    # A query (?endpoint_override=...) configures the filesystem; it is not part of a name below it.
+    return Location(filesystem, path, uri.partition("?")[0])
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

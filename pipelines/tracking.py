@@ -1,0 +1,139 @@
+"""MLflow: one run per training run, owned by the driver and found again by its folder.
+
+Whoever logs metrics does it through a queue in a thread of its own: a server that is slow or away costs metrics,
+never training time.
+"""
+
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+from mlflow.utils.time import get_current_time_millis
+
+from pipelines.config import leaves
+from pipelines.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_TAG = "maskformer.run"
+_PARAMS_PER_CALL = 100
+
+
+def check(uri: str) -> None:
+    """Find out within seconds whether MLflow at `uri` can be used; its own client would try for minutes.
+
+    Raises:
+        UserError: the server does not answer or the database cannot be written.
+    """
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"The MLflow server {uri} does not answer: {reason}. Start it, mend --tracking.uri or "
+                f"$MLFLOW_TRACKING_URI, or leave both out for a SQLite file in the storage folder."
+            ) from error
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(13, "the file is read-only")
+            with sqlite3.connect(path, timeout=5) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.rollback()
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"MLflow's database {path} cannot be written: {error}. Choose another place with "
+                f"--tracking.uri sqlite:////absolute/path/mlflow.db or another --run.storage."
+            ) from error
+        return
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"MLflow does not keep runs in a plain folder any more, got {uri}. "
+            f"Use --tracking.uri sqlite:////absolute/path/mlflow.db or http://host:5000."
+        )
+
+
+def open_run(uri: str, experiment: str, name: str, folder: str, config: dict[str, Any]) -> str:
+    """Return the id of the MLflow run that belongs to a run's folder, made now if there is none."""
+    client = MlflowClient(uri)
+    experiment_id = _experiment(client, uri, experiment)
+    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = '{folder}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = client.create_run(experiment_id, run_name=name, tags={_FOLDER_TAG: folder}).info.run_id
+    params = [Param(key, str(value)) for key, value in leaves(config).items()]
+    for start in range(0, len(params), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
+    client.log_dict(run_id, config, "config.json")
+    return run_id
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    # A server chooses the place of artifacts itself; for a SQLite file it would be the working directory.
+    beside = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts") if uri.startswith("sqlite:") else None
+    return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
+
+
+def close_run(uri: str, run_id: str, status: str, tags: dict[str, str]) -> None:
+    """Set the run's final status, FINISHED, FAILED or KILLED, with tags that say why."""
+    client = MlflowClient(uri)
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    client.set_terminated(run_id, status)
+
+
+class MetricLog:
+    """Logs metrics by step without ever blocking; steps that the run has already logged are passed over.
+
+    A run that goes on from a checkpoint computes some steps a second time, with the same result.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._client, self._run_id = MlflowClient(uri), run_id
+        self._queue: queue.Queue[list[Metric] | None] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._work, name="metric log", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Queue the metrics of a step."""
+        now = get_current_time_millis()
+        try:
+            self._queue.put_nowait([Metric(key, value, now, step) for key, value in metrics.items()])
+        except queue.Full:
+            logger.warning("MLflow is too slow: the metrics of step %d are lost.", step)
+
+    def close(self, seconds: float = 60) -> None:
+        """Give the queue some time to empty."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        last_logged: dict[str, int] = {}
+        while (metrics := self._queue.get()) is not None:
+            try:
+                fresh = [m for m in metrics if m.step > self._last(m.key, last_logged)]
+                self._client.log_batch(self._run_id, metrics=fresh)
+            except Exception as error:  # nothing that happens to a log may end a training
+                logger.warning("MLflow did not take the metrics of step %d: %s", metrics[0].step, error)
+
+    def _last(self, key: str, last_logged: dict[str, int]) -> int:
+        if key not in last_logged:
+            history = self._client.get_metric_history(self._run_id, key)
+            last_logged[key] = max((metric.step for metric in history), default=-1)
+        return last_logged[key]

@@ -1,0 +1,61 @@
+"""The ledger of a run: every attempt with its cause of death, and what it cost.
+
+One JSON line per event in <run>/ledger.jsonl, written by the driver alone. `start` opens an attempt (a group of
+workers), `failure` or `end` closes it.
+"""
+
+import json
+import re
+import time
+from typing import Any
+
+from pipelines.storage import Location
+
+_CONSEQUENCE = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
+)
+"""What the surviving workers say when another one is gone."""
+
+
+class Ledger:
+    """Appends events to a run's ledger."""
+
+    def __init__(self, run: Location) -> None:
+        self._place = run / "ledger.jsonl"
+        self.events: list[dict[str, Any]] = read(run)
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Write one event down."""
+        self.events.append({"event": event, "time": round(time.time(), 3), **facts})
+        # Rewritten whole: an object store cannot append, and a run has few events.
+        self._place.write_text("".join(json.dumps(line) + "\n" for line in self.events))
+
+    @property
+    def attempts(self) -> int:
+        return sum(event["event"] == "start" for event in self.events)
+
+    @property
+    def open(self) -> bool:
+        """Whether the last attempt was never closed: its driver was lost."""
+        return bool(self.events) and self.events[-1]["event"] == "start"
+
+
+def read(run: Location) -> list[dict[str, Any]]:
+    """Return the events of a run's ledger, oldest first."""
+    place = run / "ledger.jsonl"
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def cause(failures: dict[int, BaseException]) -> str:
+    """Say in one line what ended an attempt: the failure that is not merely the consequence of another."""
+    described = {rank: _last_line(error) for rank, error in failures.items()}
+    first = [rank for rank, text in described.items() if not _CONSEQUENCE.search(text)]
+    rank = (first or list(described))[0]
+    return f"worker {rank}: {described[rank]}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it.
+    text = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), "")
+    return (text or (lines[0] if lines else type(error).__name__))[:500]
