@@ -7,12 +7,14 @@ so `--help` answers at once.
 import logging
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
-from pipelines.config import TrainConfig
 from pipelines.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from pipelines.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -47,7 +49,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
 
 
-def train(config: TrainConfig) -> int:
+def train(config: "TrainConfig") -> int:
     """Train, say where the result is, and return the exit status: 130 if it was stopped before the end."""
     from pipelines.training import fit  # imports Ray, which --help should not
 

@@ -1,7 +1,7 @@
 """The three losses with deep supervision (arXiv:2107.06278, sections 3.2 and 3.3), in the values both codes give.
 
-L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, H W padded image, h w the map of
-the mask logits.
+L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, H W padded image,
+h w the map of the mask logits.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,6 @@ from maskformer.config import LossConfig
 from maskformer.matcher import focal, match_layers
 from maskformer.model import MaskFormerOutput
 from maskformer.targets import Targets
-
-__all__ = ["Losses", "Targets", "compute_losses"]
 
 
 class Losses(NamedTuple):

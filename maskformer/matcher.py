@@ -1,9 +1,10 @@
 """Which query answers for which segment: the bipartite matching of arXiv:2107.06278, section 3.2.
 
-The costs are the losses' terms on stride-4 maps, as in appendix A; logarithms are taken from logits (as the original
-code does; mmdetection takes them from probabilities, which saturate beyond a logit of about 17).
+The costs are the terms of the losses, on the small maps the model predicts. Logarithms are taken from logits, as in
+the authors' code; mmdetection takes them from probabilities, which saturate beyond a logit of about 17.
 
-L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, h w the map of the mask logits.
+L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, h w the map of the
+mask logits.
 """
 
 from collections.abc import Sequence

@@ -139,18 +139,36 @@ def load(place: Location) -> TrainingState:
         DamagedCheckpoint: a file is missing or is not the one that was written.
     """
     data = _verified(place, ["model.safetensors", "state.pt"])
-    rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
-    model = safetensors.torch.load(data["model.safetensors"])
+    try:
+        rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
+        model = safetensors.torch.load(data["model.safetensors"])
+    except Exception as error:  # both libraries have many names for what they cannot read
+        raise DamagedCheckpoint(f"{place} cannot be read by this version: {type(error).__name__}: {error}") from error
     return TrainingState(rest["step"], model, rest["optimizer"], rest["surroundings"])
 
 
 def newest(run: Location) -> TrainingState | None:
-    """Return the newest state of a run that verifies; None if there is none. Damaged ones are named and passed over."""
+    """Return the newest state of a run that verifies, None if none was ever finished.
+
+    Damaged checkpoints are named and passed over for older ones.
+
+    Raises:
+        UserError: all are damaged. Starting anew would throw the run away, so that is left to its owner.
+    """
+    problems: list[str] = []
     for step in reversed(steps_saved(run)):
+        if not (folder(run, step) / "manifest.json").exists():
+            continue  # it was being written when the run was cut off
         try:
             return load(folder(run, step))
         except DamagedCheckpoint as error:
             logger.warning("Passing over a checkpoint. %s", error)
+            problems.append(str(error))
+    if problems:
+        raise UserError(
+            f"No checkpoint of {run} can be used: {' '.join(problems)} Put a whole one back, or delete the folder "
+            f"{run}/checkpoints to start from the beginning."
+        )
     return None
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from maskformer.postprocess import decode_ids
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
@@ -36,9 +37,7 @@ def decode_panoptic(content: bytes) -> npt.NDArray[np.int32]:
     image = _open(content)
     if image.format != "PNG" or image.mode != "RGB":
         raise ValueError(f"it is a {image.format} of mode {image.mode}, not a PNG of mode RGB")
-    channels = np.zeros((image.height, image.width, 4), np.uint8)
-    channels[:, :, :3] = np.asarray(image)
-    return channels.view("<i4")[:, :, 0].astype(np.int32, copy=False)
+    return decode_ids(np.asarray(image))
 
 
 def index_map(
@@ -87,7 +86,7 @@ class Runs:
 def pixel_runs(
     ids: npt.NDArray[np.int32],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp], Runs]:
-    """Describe an id map by its runs: a hundredth of the pixels, so that all else costs next to nothing.
+    """Describe an id map by its runs: a few hundredths of the pixels, so that all else costs next to nothing.
 
     Returns:
         The ids that occur, ascending; for each run the place of its id among them; the runs.
@@ -105,6 +104,8 @@ def _open(content: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
+    except UnidentifiedImageError as error:  # its own text names an address in memory
+        raise ValueError("it cannot be decoded (no image format that Pillow knows)") from error
     # Pillow raises SyntaxError for broken PNG chunks, and its own error for a size that no photograph has.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be decoded ({error})") from error

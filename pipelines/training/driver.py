@@ -29,6 +29,10 @@ from pipelines.training.worker import surroundings, train_loop
 logger = logging.getLogger(__name__)
 
 
+_SAME_FAILURES = 3
+"""A failure that repeats itself this often at one step is taken for one that will not go away."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """Where a run ended."""
@@ -103,6 +107,7 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
                 max_failures=config.scaling.max_failures, controller_failure_limit=5
             ),
             callbacks=[_FailureReporter(control)],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # it announces every report
         ),
     )
     with ThreadPoolExecutor(1, "trainer") as pool, _terminations_as_interrupts():
@@ -138,6 +143,8 @@ def _watch(future: Future[ray.train.Result], control: Any, book: ledger.Ledger) 
             continue
         for event in events:
             _account(event, progress, book)
+            if hopeless := _hopeless(book):
+                ray.get(control.declare_fatal.remote(hopeless))
         if progress and progress["step"] != last_step:
             last_step = progress["step"]
             logger.info(
@@ -175,6 +182,13 @@ def _account(event: dict[str, Any], progress: dict[str, Any], book: ledger.Ledge
         logger.info("Resumed at step %d; about %d steps are done again.", event["step"], lost)
         event["lost_steps"] = lost
     book.add(kind, attempt=book.attempts + (kind == "start"), **event)
+
+
+def _hopeless(book: ledger.Ledger) -> str | None:
+    """Return the cause if the last attempts all ended by it at the same step: another one would only cost time."""
+    failures = [event for event in book.events if event["event"] == "failure"][-_SAME_FAILURES:]
+    same = len({(event["cause"], event["step"]) for event in failures}) == 1
+    return f"{failures[0]['cause']} ({_SAME_FAILURES} times)" if same and len(failures) == _SAME_FAILURES else None
 
 
 class _FailureReporter(ray.train.UserCallback):

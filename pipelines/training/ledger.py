@@ -58,4 +58,4 @@ def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it.
     text = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), "")
-    return (text or (lines[0] if lines else type(error).__name__))[:500]
+    return (text or f"{type(error).__name__}: {lines[0] if lines else ''}")[:500]

@@ -7,7 +7,6 @@ step to step.
 
 import contextlib
 import json
-import logging
 import os
 import platform
 import threading
@@ -51,7 +50,6 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(config.scaling.threads)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces every report
     if fatal := ray.get(control.fatal.remote()):
         return {"status": "failed", "cause": fatal}
 
@@ -187,7 +185,7 @@ def _restore(
         load_backbone(network, config.weights)
     network.to(device).train()
     model = DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        network, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
     )
     _settle_buckets(model, device)
     optimizer = build_optimizer(network, config.optimizer)
@@ -215,7 +213,7 @@ def surroundings(config: TrainConfig) -> dict[str, Any]:
         "workers": config.scaling.workers,
         "threads": config.scaling.threads,
         "device": config.scaling.device,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
 

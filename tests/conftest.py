@@ -1,0 +1,62 @@
+"""What many tests share: one Ray session, one small drawn data set, one tiny configuration."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines import cluster
+from pipelines.config import TrainConfig
+from pipelines.data.coco import CocoLayout
+from pipelines.data.pack import PackConfig, pack
+from pipelines.data.synthetic import SyntheticConfig, draw_dataset
+from pipelines.recipes import DEMO
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """Start Ray on this machine once for all tests; return its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster.session():
+            yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Draw and pack 80 training and 12 held-out pictures of ragged sizes."""
+    folder = tmp_path_factory.mktemp("data")
+    places = {}
+    for split, count in (("train", 80), ("val", 12)):
+        draw_dataset(folder / "coco", SyntheticConfig(split=split, num_images=count))
+        places[split] = str(folder / split)
+        pack(CocoLayout.find(str(folder / "coco"), split), places[split], PackConfig(rows_per_shard=16))
+    return places
+
+
+@pytest.fixture(scope="session")
+def tiny_in(packs: dict[str, str]) -> Callable[[Path], TrainConfig]:
+    """Return a function that describes, for a storage folder, a run of 25 steps, ten an epoch.
+
+    Two workers, accumulation, dropout, ragged micro-batches.
+    """
+    return lambda storage: replace(
+        DEMO,
+        model=replace(DEMO.model, hidden_dim=32, feedforward_dim=64, num_queries=8, decoder_layers=2, dropout=0.1),
+        data=replace(DEMO.data, train=packs["train"], val=packs["val"], samples_per_task=8),
+        run=replace(DEMO.run, name="run", storage=str(storage), steps=25, global_batch=8, micro_batch=2),
+        checkpoint=replace(DEMO.checkpoint, every=5, keep=10),
+        evaluation=replace(DEMO.evaluation, every=0, images=6),
+        tracking=replace(DEMO.tracking, log_every=1),
+    )
+
+
+@pytest.fixture
+def tiny(tiny_in: Callable[[Path], TrainConfig], tmp_path: Path) -> TrainConfig:
+    """Describe the run of `tiny_in` in a folder of the test's own."""
+    return tiny_in(tmp_path)
