@@ -5,9 +5,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +109,8 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # it announces every report
         ),
     )
-    with ThreadPoolExecutor(1, "trainer") as pool, _terminations_as_interrupts():
-        future = pool.submit(trainer.fit)
-        outcome, cause = _watch(future, control, book)
+    with _Interrupts() as interrupts:
+        outcome, cause = _watch(_in_thread(trainer.fit), interrupts, control, book)
     if outcome is None:
         tracking.close_run(config.tracking.uri, mlflow_run_id, "FAILED", {"cause": cause[:5000]})
         raise RunFailed(
@@ -126,21 +124,21 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
     return _result(status, config, run, step, mlflow_run_id)
 
 
-def _watch(future: Future[ray.train.Result], control: Any, book: ledger.Ledger) -> tuple[dict[str, Any] | None, str]:
+def _watch(
+    future: Future[ray.train.Result], interrupts: "_Interrupts", control: Any, book: ledger.Ledger
+) -> tuple[dict[str, Any] | None, str]:
     """Follow the run until it ends; return the workers' outcome, or None and the cause of the failure."""
     stopping, last_step, finished = False, 0, False
     while not finished:
-        try:
-            # Looked at before the events are fetched, so that none is left behind.
-            finished = bool(wait([future], timeout=1).done)
-            events, progress = ray.get(control.drain.remote())
-        except KeyboardInterrupt:
-            if stopping or not book.open:
-                raise
+        # Looked at before the events are fetched, so that none is left behind.
+        finished = bool(wait([future], timeout=1).done)
+        if interrupts.count > 1 or (interrupts.count and not book.open):  # impatient, or nothing to save yet
+            raise KeyboardInterrupt
+        if interrupts.count and not stopping:
             stopping = True
             ray.get(control.request_stop.remote())
             logger.info("Stopping: the state is saved after the current step. Ctrl-C again stops at once.")
-            continue
+        events, progress = ray.get(control.drain.remote())
         for event in events:
             _account(event, progress, book)
             if hopeless := _hopeless(book):
@@ -290,21 +288,42 @@ def _compare_surroundings(run: Location, config: TrainConfig) -> None:
         )
 
 
-@contextmanager
-def _terminations_as_interrupts() -> Iterator[None]:
-    """Treat SIGTERM, which `ray job stop` and schedulers send, as Ctrl-C: save, then stop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Interrupts:
+    """Counts Ctrl-C and SIGTERM, which `ray job stop` and schedulers send, so that neither cuts a run off half-way.
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    Outside the main thread, where Python allows no handlers, it counts nothing.
+    """
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                self._before[kind] = signal.signal(kind, self._add)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _add(self, signum: int, frame: Any) -> None:
+        self.count += 1
+
+
+def _in_thread(function: Callable[[], ray.train.Result]) -> Future[ray.train.Result]:
+    """Run `function` in a thread that does not outlive an interrupted driver."""
+    future: Future[ray.train.Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="trainer", daemon=True).start()
+    return future
 
 
 def _result(status: str, config: TrainConfig, run: Location, step: int, mlflow_run_id: str) -> TrainResult:

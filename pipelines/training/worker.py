@@ -50,6 +50,8 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(config.scaling.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if fatal := ray.get(control.fatal.remote()):
         return {"status": "failed", "cause": fatal}
 
@@ -138,7 +140,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     for place, batch in enumerate(micro_batches):
         # Dropout draws from the position of the micro-batch's first sample, so it knows no history.
         torch.manual_seed((config.run.seed << 40) + batch.positions[0] & 0xFFFF_FFFF_FFFF_FFFF)
@@ -155,14 +157,14 @@ def train_step(
                 raise NonFiniteError(f"{error} Images {images}, learning rate {lr:g}.") from error
             (losses.total / len(micro_batches)).backward()
         parts = torch.stack([losses.classification, losses.focal, losses.dice, losses.total])
-        total += parts.detach().double().cpu() / len(micro_batches)
+        total += parts.detach() / len(micro_batches)
     clip = config.optimizer.clip_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if not np.isfinite(norm):
         images = ", ".join(str(image) for batch in micro_batches for image in batch.image_ids)
         raise NonFiniteError(f"The gradient's norm is {norm}. Images {images}, learning-rate factor {factor:g}.")
     optimizer.step()
-    return total.to(device), norm
+    return total, norm
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> bool:
