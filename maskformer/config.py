@@ -88,10 +88,11 @@ DEMO = ModelConfig(
     backbone="small",
     num_classes=7,
     num_queries=16,
-    hidden_dim=128,
+    hidden_dim=96,
     num_heads=4,
     feedforward_dim=256,
     encoder_layers=1,
     decoder_layers=3,
+    dropout=0.0,
 )
-"""About a million parameters and no batch statistics: learns small pictures on a CPU in minutes."""
+"""1.4 million parameters and no batch statistics: learns small pictures on a CPU in minutes."""

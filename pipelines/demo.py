@@ -27,7 +27,8 @@ from pipelines.training import TrainResult, fit
 
 logger = logging.getLogger(__name__)
 
-TRAIN_IMAGES, VAL_IMAGES = 1600, 200
+SPLITS = {"train": 1600, "val": 200}
+"""Pictures to draw of each split; no picture occurs in two."""
 MODEL_NAME, ALIAS = "maskformer-demo", "demo"
 
 
@@ -45,7 +46,7 @@ class DemoReport:
 def run_demo(config: TrainConfig) -> DemoReport:
     """Go the whole way below the folder `config.run.storage`; what an earlier call finished is kept."""
     storage = locate(config.run.storage)
-    packs = {split: _pack(str(storage / "demo-data"), split, count) for split, count in _SPLITS.items()}
+    packs = {split: _pack(str(storage / "demo-data"), split, count) for split, count in SPLITS.items()}
     config = resolve(replace(config, data=replace(config.data, train=packs["train"], val=packs["val"])))
     logger.info("Scoring the colour baseline.")
     taxonomy = open_pack(config.data.val).taxonomy
@@ -61,14 +62,11 @@ def run_demo(config: TrainConfig) -> DemoReport:
         training = fit(config)
         published = None
         if training.status == "finished":
-            logger.info("Evaluating the last checkpoint on %d held-out images.", VAL_IMAGES)
+            logger.info("Evaluating the last checkpoint on %d held-out images.", SPLITS["val"])
             published = publish(
                 PublishConfig(checkpoint=training.checkpoint, data=config.data.val, register=MODEL_NAME, alias=ALIAS)
             )
     return DemoReport(training, untrained.quality, baseline, published)
-
-
-_SPLITS = {"train": TRAIN_IMAGES, "val": VAL_IMAGES}
 
 
 def _pack(folder: str, split: str, count: int) -> str:
