@@ -12,6 +12,7 @@ state is saved, since all randomness is a function of the position in the data.
 import io
 import json
 import logging
+import pickle
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,9 +124,9 @@ def _verified(place: Location, names: list[str]) -> dict[str, bytes]:
         wrong = [name for name in names if sha256(data[name]) != manifest["files"][name]["sha256"]]
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{place} is not a whole checkpoint: {error}") from error
+    except (UserError, DamagedCheckpoint):
+        raise  # storage that cannot be reached says nothing about the checkpoint
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
         raise DamagedCheckpoint(f"{place} cannot be read: {type(error).__name__}: {error}") from error
     if wrong:
         raise DamagedCheckpoint(f"{place} is damaged: {', '.join(wrong)} does not have the hash in manifest.json.")
@@ -137,14 +138,19 @@ def load(place: Location) -> TrainingState:
 
     Raises:
         DamagedCheckpoint: a file is missing or is not the one that was written.
+        UserError: the storage cannot be read.
     """
     data = _verified(place, ["model.safetensors", "state.pt"])
     try:
         rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
         model = safetensors.torch.load(data["model.safetensors"])
+        return TrainingState(rest["step"], model, rest["optimizer"], rest["surroundings"])
+    except pickle.UnpicklingError as error:  # torch's own text advises to switch the protection off
+        raise DamagedCheckpoint(
+            f"{place} is not opened: its state.pt holds more than tensors and plain values, which could run code."
+        ) from error
     except Exception as error:  # both libraries have many names for what they cannot read
         raise DamagedCheckpoint(f"{place} cannot be read by this version: {type(error).__name__}: {error}") from error
-    return TrainingState(rest["step"], model, rest["optimizer"], rest["surroundings"])
 
 
 def newest(run: Location) -> TrainingState | None:
@@ -153,7 +159,8 @@ def newest(run: Location) -> TrainingState | None:
     Damaged checkpoints are named and passed over for older ones.
 
     Raises:
-        UserError: all are damaged. Starting anew would throw the run away, so that is left to its owner.
+        UserError: all are damaged. Starting anew would throw the run away, so that is left to its owner. Or the
+            storage cannot be read.
     """
     problems: list[str] = []
     for step in reversed(steps_saved(run)):

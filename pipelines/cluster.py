@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,8 +37,9 @@ def session() -> Iterator[None]:
             logger.info("Starting Ray on this machine; set RAY_ADDRESS to use a cluster.")
             ray.init(address="local", include_dashboard=True, dashboard_port=0, **options)
         else:
+            _knock(address)
             ray.init(address=address, **options)
-    except (RuntimeError, ConnectionError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"Ray cannot be used{f' at RAY_ADDRESS={address}' if address else ''}: {_first_lines(error)} "
             f"This program runs Ray {ray.__version__}: start the cluster with the same version of Ray and Python, "
@@ -47,6 +49,13 @@ def session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at `address`; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():  # else it is `auto`, and Ray looks for the cluster itself
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def require(needed: dict[str, float], explanation: str) -> None:

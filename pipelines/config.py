@@ -23,6 +23,8 @@ from pipelines.storage import absolute, is_remote
 TRAIN_DATA, VAL_DATA, STORAGE = "MASKFORMER_TRAIN_DATA", "MASKFORMER_VAL_DATA", "MASKFORMER_STORAGE"
 """Environment variables that stand in for --data.train, --data.val and --run.storage."""
 
+_SQLITE = "sqlite:///"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -145,7 +147,7 @@ class TrainConfig:
     recipe: str
     """The name of the recipe that this configuration started from."""
     weights: str = "imagenet"
-    """The backbone's first weights: `imagenet` (from torch hub's cache), a path or URI, or `none` for random ones."""
+    """The backbone's first weights: `imagenet` (from torch hub's cache), a path, or `none` for random ones."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the network on a GPU (autocast); matching, losses and everything on a CPU are float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -239,6 +241,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
 def tracking_uri(uri: str, storage: str) -> str:
     """Return the MLflow tracking URI to use with a storage folder."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith(_SQLITE):
+        return _SQLITE + absolute(uri.removeprefix(_SQLITE))
     if uri:
         return uri
     if is_remote(storage):
@@ -246,7 +250,7 @@ def tracking_uri(uri: str, storage: str) -> str:
             f"No MLflow server is named and {storage} cannot hold a SQLite file. "
             f"Use --tracking.uri http://host:5000 or $MLFLOW_TRACKING_URI."
         )
-    return f"sqlite:///{absolute(storage)}/mlflow.db"
+    return f"{_SQLITE}{absolute(storage)}/mlflow.db"
 
 
 _FREE = (

@@ -72,7 +72,7 @@ def run_demo(config: TrainConfig) -> DemoReport:
 def _pack(folder: str, split: str, count: int) -> str:
     """Draw and pack one split, unless that is done; return the pack's place."""
     packed = f"{folder}/{split}"
-    draw_dataset(f"{folder}/coco", SyntheticConfig(split=split, num_images=count))
+    draw_dataset(f"{folder}/coco", SyntheticConfig(split=split, num_images=count, max_side=64))
     pack(CocoLayout.find(f"{folder}/coco", split), packed, PackConfig())
     return packed
 

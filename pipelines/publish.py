@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskformer import PanopticConfig
@@ -40,13 +40,14 @@ def publish(config: PublishConfig) -> Published:
         score_threshold=_or(config.score_threshold, saved.config.panoptic.score_threshold),
         overlap_threshold=_or(config.overlap_threshold, saved.config.panoptic.overlap_threshold),
     )
+    # What is registered has to segment as what was scored.
+    saved = replace(saved, config=replace(saved.config, panoptic=panoptic))
     output = config.output or str(folder / "evaluation" / f"{saved.step:08d}-{locate(config.data).name}")
     with cluster.session():
         evaluation = evaluate(
             saved,
             config.data,
             output=output,
-            panoptic=panoptic,
             predictors=config.predictors,
             device=config.device,
             cpus=config.cpus,

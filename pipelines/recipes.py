@@ -41,7 +41,7 @@ DEMO = TrainConfig(
     panoptic=PanopticConfig(score_threshold=0.5),
     data=DataConfig(
         require_thing=False,
-        augment=AugmentConfig(short_sides=(56, 64, 72), long_side=112, crop_probability=0.0),
+        augment=AugmentConfig(short_sides=(52, 56, 60), long_side=96, crop_probability=0.0),
         samples_per_task=64,
     ),
     optimizer=OptimizerConfig(lr=2e-3, backbone_lr_multiplier=1.0, weight_decay=0.01, clip_norm=1.0),
@@ -49,7 +49,7 @@ DEMO = TrainConfig(
     run=RunConfig(name="demo", steps=1500, global_batch=8, micro_batch=4),
     scaling=ScalingConfig(workers=2, device="cpu", cpus_per_worker=0.5, data_cpus=1),
     checkpoint=CheckpointConfig(every=250),
-    evaluation=EvaluationConfig(short_side=64, long_side=112, every=250, images=48),
+    evaluation=EvaluationConfig(short_side=56, long_side=96, every=250, images=48),
     tracking=TrackingConfig(experiment="maskformer-demo"),
 )
 """A million parameters on drawn pictures: the whole way in minutes on two CPU cores."""

@@ -49,7 +49,7 @@ class PanopticSegmenter(PythonModel):
         """
         rows = []
         for content in model_input["image"]:
-            image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            image = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
             ids, segments = self._segment(image)
             png = io.BytesIO()
             Image.fromarray(encode_ids(ids)).save(png, "PNG")

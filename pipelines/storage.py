@@ -11,6 +11,8 @@ import os
 import posixpath
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pipelines.errors import UserError
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def is_remote(uri: str) -> bool:
@@ -31,7 +34,8 @@ def is_remote(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """Return `uri` unchanged if it has a scheme, else as an absolute path (workers have another directory)."""
     if is_remote(uri):
-        return uri.rstrip("/")
+        scheme, _, path = uri.partition("://")
+        return f"{scheme}://{path.rstrip('/')}"
     return str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
@@ -58,18 +62,19 @@ class Location:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def exists(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound
+        return self._kind() != fs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type == fs.FileType.Directory
+        return self._kind() == fs.FileType.Directory
 
     def names(self) -> list[str]:
         """List the names in this folder, sorted; an absent folder has none."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        with _explained("list", self):
+            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path) as stream:
+        with _explained("read", self), self.filesystem.open_input_stream(self.path) as stream:
             return stream.read()
 
     def read_text(self) -> str:
@@ -81,44 +86,68 @@ class Location:
         Raises:
             UserError: the disk is full, or the place may not be written. Nothing of it is left behind.
         """
-        if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
-            return
-        target = Path(self.path)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _explained(error, self.uri) from error
+        with _explained("write", self):
+            if self.is_local:
+                _replace(Path(self.path), data)
+            else:
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    stream.write(data)
 
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
 
     def delete(self) -> None:
         """Delete this file or folder with all in it; absent is fine."""
-        kind = self.filesystem.get_file_info(self.path).type
-        if kind == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif kind != fs.FileType.NotFound:
-            self.filesystem.delete_file(self.path)
+        kind = self._kind()
+        with _explained("delete", self):
+            if kind == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif kind != fs.FileType.NotFound:
+                self.filesystem.delete_file(self.path)
+
+    def _kind(self) -> fs.FileType:
+        with _explained("look at", self):
+            return self.filesystem.get_file_info(self.path).type
 
 
-def _explained(error: OSError, uri: str) -> OSError | UserError:
-    if error.errno in _FULL:
-        return UserError(
-            f"Cannot write {uri}: no space is left ({error.strerror}). What was finished before stays valid; "
-            f"free some space or choose another place, and run the same command again."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        return UserError(f"Cannot write {uri}: {error.strerror}. Choose a place that this user may write.")
-    return error
+def _replace(target: Path, data: bytes) -> None:
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _explained(action: str, place: Location) -> Iterator[None]:
+    """Raise what a person can mend as a UserError; that a file is absent, or a disk broken, stays an OSError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not place.is_local:
+            raise UserError(
+                f"Cannot {action} {place}: {' '.join(str(error).split())}. Check that the bucket exists and may be "
+                f"used with the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an instance role), "
+                f"the region (AWS_DEFAULT_REGION) and the endpoint (AWS_ENDPOINT_URL) of the environment."
+            ) from error
+        if error.errno in _FULL:
+            raise UserError(
+                f"Cannot {action} {place}: no space is left ({error.strerror}). What was finished before stays "
+                f"valid; free some space or choose another place, and run the same command again."
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise UserError(
+                f"Cannot {action} {place}: {os.strerror(error.errno)}. Choose a place that this user may {action}."
+            ) from error
+        raise
 
 
 def locate(uri: str | os.PathLike[str]) -> Location:

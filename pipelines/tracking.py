@@ -4,17 +4,20 @@ Whoever logs metrics does it through a queue in a thread of its own: a server th
 never training time.
 """
 
+import contextlib
 import logging
 import os
 import queue
 import sqlite3
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
@@ -49,7 +52,7 @@ def check(uri: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(13, "the file is read-only")
-            with sqlite3.connect(path, timeout=5) as database:
+            with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 database.rollback()
         except (OSError, sqlite3.Error) as error:
@@ -66,10 +69,24 @@ def check(uri: str) -> None:
 
 
 def open_run(uri: str, experiment: str, name: str, folder: str, config: dict[str, Any]) -> str:
-    """Return the id of the MLflow run that belongs to a run's folder, made now if there is none."""
-    client = MlflowClient(uri)
+    """Return the id of the MLflow run that belongs to a run's folder, made now if there is none.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    try:
+        return _open_run(MlflowClient(uri), uri, experiment, name, folder, config)
+    except MlflowException as error:
+        raise UserError(
+            f"MLflow at {uri} refuses the run: {' '.join(str(error).split())[:500]} Mend it, or choose another "
+            f"--tracking.uri or --tracking.experiment."
+        ) from error
+
+
+def _open_run(client: MlflowClient, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any]) -> str:
     experiment_id = _experiment(client, uri, experiment)
-    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = '{folder}'", max_results=1)
+    quote = '"' if "'" in folder else "'"
+    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
@@ -92,10 +109,14 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def close_run(uri: str, run_id: str, status: str, tags: dict[str, str]) -> None:
-    """Set the run's final status, FINISHED, FAILED or KILLED, with tags that say why."""
-    client = MlflowClient(uri)
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    client.set_terminated(run_id, status)
+    """Set the run's final status, FINISHED, FAILED or KILLED, with tags that say why; warn if MLflow is away."""
+    try:
+        check(uri)  # the client itself would try for minutes
+        client = MlflowClient(uri)
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.set_terminated(run_id, status)
+    except (UserError, MlflowException) as error:
+        logger.warning("MLflow does not know that run %s ended as %s: %s", run_id, status, error)
 
 
 class MetricLog:
@@ -104,9 +125,9 @@ class MetricLog:
     A run that goes on from a checkpoint computes some steps a second time, with the same result.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, capacity: int = 10_000) -> None:
         self._client, self._run_id = MlflowClient(uri), run_id
-        self._queue: queue.Queue[list[Metric] | None] = queue.Queue(maxsize=10_000)
+        self._queue: queue.Queue[list[Metric] | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name="metric log", daemon=True)
         self._thread.start()
 
@@ -120,8 +141,12 @@ class MetricLog:
 
     def close(self, seconds: float = 60) -> None:
         """Give the queue some time to empty."""
-        self._queue.put(None)
-        self._thread.join(seconds)
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("MLflow is too slow: the last metrics of run %s may be lost.", self._run_id)
 
     def _work(self) -> None:
         last_logged: dict[str, int] = {}

@@ -1,12 +1,15 @@
 """What many tests share: one Ray session, one small drawn data set, one tiny configuration."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import pytest
 import ray
+from moto.server import ThreadedMotoServer
 
 from pipelines import cluster
 from pipelines.config import TrainConfig
@@ -25,6 +28,32 @@ def ray_session() -> Iterator[str]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with cluster.session():
             yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Serve a real S3 API on loopback; return its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Point the environment at `s3_server` and return the URI of a new bucket."""
+    for variable, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    name = f"bucket-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

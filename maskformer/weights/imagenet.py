@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.models import ResNet50_Weights
+from torchvision.models import ResNet50_Weights  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 
 from maskformer.model import MaskFormer
 
@@ -29,6 +29,11 @@ def load_backbone(model: MaskFormer, weights: str) -> None:
         raise ValueError(
             f"There are no ImageNet weights for the backbone {name!r}. Use --weights none to start from random ones."
         )
+    if "://" in weights:
+        raise ValueError(
+            f"Weights are read from a file, got the URI {weights}. Copy it to a path that every worker sees, and give "
+            f"that with --weights PATH."
+        )
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_URLS[name]).name
     path = cached if weights == "imagenet" else Path(weights)
     if not path.is_file():
@@ -40,7 +45,8 @@ def load_backbone(model: MaskFormer, weights: str) -> None:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as weights: {error}. Give a state dict saved by torch.save, such as {_URLS[name]}."
+            f"{path} cannot be read as weights ({type(error).__name__}). Give a state dict saved by torch.save, such "
+            f"as {_URLS[name]}."
         ) from error
     # The classifier is ImageNet's own. The counter of batches is not a weight, and frozen norms do not count.
     used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}

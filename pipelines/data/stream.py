@@ -8,16 +8,21 @@ from whatever position it starts, and knows nothing of the other ranks.
 
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.exceptions import UserCodeException
 
 from maskformer.inference import resize_image, resized_shape
 from maskformer.taxonomy import Taxonomy
@@ -30,8 +35,9 @@ from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
 from pipelines.errors import UserError
 from pipelines.storage import absolute, locate, sha256
 
-_TASKS_PER_EXECUTION = 512
-"""Ray Data plans an execution's blocks ahead, so an endless run is a chain of executions of this many tasks."""
+_TASKS_PER_EXECUTION = 8
+"""An endless run is a chain of executions of this many tasks, each begun when the one before is handed out: what two
+of them produce is what a rank holds in the object store."""
 
 
 @dataclass(frozen=True)
@@ -106,29 +112,79 @@ def training_batches(
         samples_per_task: images that one Ray Data task makes; rounded up to whole micro-batches.
         cpus: the share of the cluster's CPUs that this rank's tasks may use at a time.
         prefetch: micro-batches to hold ready in this process.
+
+    Raises:
+        UserError: a packed row is damaged. It may come a few micro-batches early.
     """
     samples_per_task = micro_batch * -(-samples_per_task // micro_batch)
     operator = _LoadAndAugment(samples.shards, samples.taxonomy, seed, augmentation)
+    # One task first, so that training starts soon.
+    starts = range(samples_per_task, len(positions), samples_per_task * _TASKS_PER_EXECUTION)
+    parts = np.split(positions, starts)
+
+    def execute(part: np.ndarray) -> list[Any]:
+        return blocks(_through(operator, _plans(samples, part, seed, samples_per_task), cpus), cpus)
 
     def produce() -> Iterator[PanopticBatch]:
-        chunk = samples_per_task * _TASKS_PER_EXECUTION
-        for start in range(0, len(positions), chunk):
-            plans = _plans(samples, positions[start : start + chunk], seed, samples_per_task)
-            for table in _execute(plans, operator, cpus).iter_batches(
-                batch_size=micro_batch, batch_format="pyarrow", prefetch_batches=1
-            ):
-                yield PanopticBatch.from_arrow(table)
+        with ThreadPoolExecutor(1, "next execution") as pool:
+            upcoming = pool.submit(execute, parts[0])
+            for part in [*parts[1:], positions[:0]]:
+                ready = upcoming.result()
+                if len(part):
+                    upcoming = pool.submit(execute, part)
+                yield from map(PanopticBatch.from_arrow, _slices(ready, micro_batch))
 
     return _ahead(produce, prefetch)
+
+
+def blocks(dataset: ray.data.Dataset, cpus: float) -> list[Any]:
+    """Execute `dataset` with at most `cpus` CPUs and return references to its Arrow tables, in order.
+
+    Whoever takes its time over the tables should use this: the executor behind Ray Data's iterators polls without
+    a pause while it waits for a slow consumer, and in a trainer that takes half a core from the training.
+    """
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    # Every rank runs executors of its own, which would otherwise plan with the whole cluster.
+    options.resource_limits = options.resource_limits.copy(cpu=cpus)
+    with original_errors():
+        return list(dataset.materialize().to_arrow_refs())
+
+
+def _slices(tables: list[Any], rows: int) -> Iterator[pa.Table]:
+    """Yield `rows` rows at a time, letting go of each table as soon as it is used up."""
+    rest: list[pa.Table] = []
+    while tables:
+        rest.append(ray.get(tables.pop(0)))
+        table = pa.concat_tables(rest)
+        whole = len(table) - len(table) % rows if tables else len(table)
+        yield from (table.slice(start, rows) for start in range(0, whole, rows))
+        rest = [table.slice(whole)]  # Ray Data may cut a task's table in two where it is large
 
 
 def resized_images(
     samples: PackedSet, *, short_side: int, long_side: int, samples_per_task: int, cpus: float
 ) -> ray.data.Dataset:
-    """Return a dataset of the RESIZED schema: every image of `samples` once, resized as for inference."""
+    """Return a dataset of the RESIZED schema: every image of `samples` once, resized as for inference.
+
+    Iterate over it within `original_errors`.
+    """
     operator = _LoadAndResize(samples.shards, short_side, long_side)
     plan = _plan_table(samples.image_ids, samples.shard, samples.row)
     return _through(operator, _cut(plan, samples_per_task), cpus)
+
+
+@contextmanager
+def original_errors() -> Iterator[None]:
+    """Raise a UserError of a Ray Data task as itself."""
+    try:
+        yield
+    except UserCodeException as error:
+        # Ray hands over what was raised in a task as the text of its traceback only.
+        message = re.search(rf"^{UserError.__module__}\.{UserError.__name__}: (.+)$", str(error), re.MULTILINE)
+        if message is None:
+            raise
+        raise UserError(message[1]) from error
 
 
 def _plans(samples: PackedSet, positions: np.ndarray, seed: int, samples_per_task: int) -> list[pa.Table]:
@@ -145,17 +201,6 @@ def _plan_table(image_ids: np.ndarray, shard: np.ndarray, row: np.ndarray) -> pa
 def _cut(plan: pa.Table, rows: int) -> list[pa.Table]:
     # Copied, since a slice would be pickled with the whole table behind it.
     return [plan.take(list(range(start, min(start + rows, len(plan))))) for start in range(0, len(plan), rows)]
-
-
-def _execute(plans: list[pa.Table], operator: Callable[[pa.Table], pa.Table], cpus: float) -> ray.data.DataIterator:
-    dataset = _through(operator, plans, cpus)
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    # Every rank runs an executor of its own, which would otherwise plan with the whole cluster.
-    share = cpus / max(cpus, ray.cluster_resources().get("CPU", 1.0))
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
-    options.resource_limits = options.resource_limits.copy(cpu=cpus, object_store_memory=share * store / 2)
-    return dataset.iterator()
 
 
 def _through(operator: Callable[[pa.Table], pa.Table], plans: list[pa.Table], cpus: float) -> ray.data.Dataset:
@@ -234,9 +279,12 @@ def _open_shard(uri: str) -> pq.ParquetFile:
 
 def _read_row(shard: str, row: int, image_id: int) -> dict:
     """Read one image's row group and check that it is the one that was packed."""
-    packed = _open_shard(shard).read_row_group(row).to_pylist()[0]
+    try:
+        packed = _open_shard(shard).read_row_group(row).to_pylist()[0]
+    except (OSError, pa.ArrowException) as error:  # perhaps the network, so it may be tried again
+        raise OSError(f"Cannot read image {image_id}, row {row} of {shard}: {error}") from error
     if packed["image_id"] != image_id or sha256(packed["image"] + packed["panoptic"]) != packed["sha256"]:
-        raise ValueError(
+        raise UserError(
             f"Row {row} of {shard} is damaged: its bytes are not those of image {image_id} as it was packed. "
             f"Delete the pack and run prepare_data.py again."
         )
@@ -244,7 +292,7 @@ def _read_row(shard: str, row: int, image_id: int) -> dict:
 
 
 def _ahead(produce: Callable[[], Iterator[PanopticBatch]], depth: int) -> Generator[PanopticBatch]:
-    """Run `produce` in a thread, at most `depth` items ahead: the next execution starts while the trainer works."""
+    """Run `produce` in a thread, at most `depth` items ahead."""
     items: queue.Queue = queue.Queue(maxsize=max(1, depth))
     stopped = threading.Event()
     end = object()

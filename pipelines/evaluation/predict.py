@@ -25,7 +25,7 @@ from pipelines.checkpoint import SavedModel
 from pipelines.config import EvaluationConfig
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import PackedSet, resized_images
+from pipelines.data.stream import PackedSet, original_errors, resized_images
 from pipelines.storage import locate
 
 _ROWS_PER_TASK = 8
@@ -92,10 +92,11 @@ def predict(
         num_cpus=cpus,
         num_gpus=1 if device == "cuda" else 0,
     )
-    for row in results.iter_rows():
-        yield ImageResult(
-            row["image_id"], row["file_name"], json.loads(row["segments_info"]), pickle.loads(row["quality"])
-        )
+    with original_errors():
+        for row in results.iter_rows():
+            yield ImageResult(
+                row["image_id"], row["file_name"], json.loads(row["segments_info"]), pickle.loads(row["quality"])
+            )
 
 
 class _Predictor:

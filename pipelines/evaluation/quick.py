@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 import torch.distributed as dist
 
 from maskformer import MaskFormer, PanopticQuality, Segmenter
 from pipelines.config import TrainConfig
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import PackedSet, open_pack, resized_images
+from pipelines.data.stream import PackedSet, blocks, open_pack, resized_images
 from pipelines.evaluation.predict import score_row
 
 
@@ -58,6 +59,7 @@ def _tables(samples: PackedSet, config: TrainConfig) -> Iterator[pa.Table]:
         samples_per_task=config.data.samples_per_task,
         cpus=scaling.data_cpus / scaling.workers,
     )
-    for table in images.iterator().iter_batches(batch_size=config.data.samples_per_task, batch_format="pyarrow"):
+    for block in blocks(images, scaling.data_cpus / scaling.workers):
+        table = ray.get(block)
         require(table, RESIZED, "A batch of the quick evaluation")
         yield table

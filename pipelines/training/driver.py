@@ -15,6 +15,8 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from maskformer import build_model
+from maskformer.weights.imagenet import load_backbone
 from pipelines import checkpoint, cluster, tracking
 from pipelines.config import TrainConfig, differing_leaves, resolve, to_dict
 from pipelines.data.order import total_steps
@@ -62,6 +64,7 @@ def fit(config: TrainConfig) -> TrainResult:
     tracking.check(config.tracking.uri)
     steps = config.run.steps or total_steps(config.run.epochs, len(samples), config.run.global_batch)
     run = locate(config.run.storage) / config.run.name
+    _check_weights(config, run)
     record = _record(run, config, samples, steps)
     logger.info(
         "Run %s: %d steps of %s; %d images, %d left out without a thing.",
@@ -146,7 +149,7 @@ def _watch(
         if progress and progress["step"] != last_step:
             last_step = progress["step"]
             logger.info(
-                "step %d/%d  loss %.4f  %.1f images/s  waiting for data %.0f %%  %s to go",
+                "step %d/%d  loss %.4f  %.3g images/s  waiting for data %.0f %%  %s to go",
                 last_step, progress["total"], progress["loss"], progress["images_per_second"],
                 100 * progress["data_wait_share"], _duration(progress["eta_seconds"]),
             )  # fmt: skip
@@ -220,7 +223,7 @@ def _record(run: Location, config: TrainConfig, samples: PackedSet, steps: int) 
                 f"{run} is a run with another configuration: {'; '.join(changes)}. "
                 f"Start a new run with another --run.name, or go on with the configuration it has."
             )
-        tracking.open_run(config.tracking.uri, config.tracking.experiment, config.run.name, str(run), new)
+        tracking.open_run(config.tracking.uri, config.tracking.experiment, config.run.name, str(run), new["config"])
         return record
     foreign = [name for name in run.names() if name != "samples.jsonl"]
     if foreign:
@@ -228,7 +231,9 @@ def _record(run: Location, config: TrainConfig, samples: PackedSet, steps: int) 
             f"{run} is not the folder of a run: it has {', '.join(foreign[:5])} but no config.json. "
             f"Choose another --run.name or --run.storage."
         )
-    run_id = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.run.name, str(run), new)
+    run_id = tracking.open_run(
+        config.tracking.uri, config.tracking.experiment, config.run.name, str(run), new["config"]
+    )
     record = {**new, "mlflow_run_id": run_id}
     place.write_text(json.dumps(record, indent=1))
     return record
@@ -244,6 +249,16 @@ def _check_classes(config: TrainConfig, samples: PackedSet) -> None:
         raise UserError(
             f"{config.data.val} has other categories than {samples.uri}. Pack both splits of the same data set."
         )
+
+
+def _check_weights(config: TrainConfig, run: Location) -> None:
+    """Find out now whether the workers of a new run will be able to load its first weights."""
+    if config.weights == "none" or checkpoint.steps_saved(run):
+        return
+    try:
+        load_backbone(build_model(config.model), config.weights)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _require_device(config: TrainConfig) -> None:

@@ -56,6 +56,8 @@ def cause(failures: dict[int, BaseException]) -> str:
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it.
-    text = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), "")
+    # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it. Ray Data's own
+    # UserCodeException stands after what it wraps, and says nothing.
+    exceptions = [line for line in lines if re.match(r"(?!.*UserCode)[\w.]*(Error|Exception|Interrupt)\b", line)]
+    text = exceptions[-1] if exceptions else ""
     return (text or f"{type(error).__name__}: {lines[0] if lines else ''}")[:500]

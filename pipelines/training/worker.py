@@ -30,6 +30,7 @@ from pipelines import checkpoint
 from pipelines.config import TrainConfig, from_dict
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.stream import open_pack, training_batches
+from pipelines.errors import UserError
 from pipelines.evaluation.quick import quick_pq
 from pipelines.storage import Location, locate
 from pipelines.tracking import MetricLog
@@ -79,15 +80,15 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     meter = _Meter(first_step, total_steps)
     status, step = "finished", first_step
     while step < total_steps:
-        micro_batches = meter.waiting_for(batches, config.plan.accumulation)
-        num_masks, stopping = _agree(micro_batches, config, stop, device)
         factor = learning_rate_factor(step, total_steps, steps_per_epoch, config.schedule)
         try:
+            micro_batches = meter.waiting_for(batches, config.plan.accumulation)
+            num_masks, stopping = _agree(micro_batches, config, stop, device)
             losses, norm = train_step(model, optimizer, micro_batches, num_masks, factor, config, device)
-        except NonFiniteError as error:
+        except (NonFiniteError, UserError) as error:  # another attempt would end in the same way
             message = f"step {step}, worker {rank}: {error}"
             ray.get(control.declare_fatal.remote(message))
-            raise NonFiniteError(message) from error
+            raise type(error)(message) from error
         if config.run.sample_log:
             _log_samples(run, step, rank, micro_batches)
         step += 1  # from here on, `step` counts the steps done

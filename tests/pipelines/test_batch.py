@@ -28,7 +28,12 @@ def sample(size: tuple[int, int], number: int, num_segments: int = 3) -> dict:
 
 def table(samples: list[dict]) -> pa.Table:
     rows = [
-        {**row, "image": row["image"].tobytes(), "index_map": row["index_map"].tobytes(), "classes": list(row["classes"])}
+        {
+            **row,
+            "image": row["image"].tobytes(),
+            "index_map": row["index_map"].tobytes(),
+            "classes": list(row["classes"]),
+        }
         for row in samples
     ]
     return pa.Table.from_pylist(rows, schema=AUGMENTED)

@@ -24,6 +24,7 @@ from pipelines.config import (
     to_dict,
 )
 from pipelines.errors import UserError
+from tests.jobs.command_line import flag
 
 RECIPES = {name: value for name, value in vars(recipes).items() if isinstance(value, TrainConfig)}
 
@@ -78,14 +79,6 @@ def another(hint: Any, value: Any) -> Any:
     if hint is float:
         return value / 2 if value else 0.25
     return 2 * value if value else 3
-
-
-def flag(name: str, value: Any) -> list[str]:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        part, _, last = dashed.rpartition(".")
-        return [f"--{dashed}" if value else f"--{part}.no-{last}"]
-    return [f"--{dashed}", *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -167,6 +160,14 @@ def test_remote_storage_needs_a_server_and_no_sample_log(named: TrainConfig, mon
     assert resolve(remote).tracking.uri == "http://host:5000"
     with pytest.raises(UserError, match=r"--run\.sample-log"):
         resolve(with_leaf(remote, "run.sample_log", True))
+
+
+def test_a_relative_database_is_made_absolute(named: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have another directory."""
+    for uri, path in (("sqlite:///mlflow.db", Path("mlflow.db").absolute()), ("sqlite:////srv/m.db", "/srv/m.db")):
+        assert resolve(with_leaf(named, "tracking.uri", uri)).tracking.uri == f"sqlite:///{path}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert resolve(named).tracking.uri == f"sqlite:///{path}"
 
 
 def test_an_impossible_number_of_workers_is_refused_with_the_nearest(named: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Exact resume. The oracle is the same run, never interrupted: equal samples, equal losses, equal weights to the bit."""
+"""Exact resume. The oracle is the same run, never interrupted: samples, losses and weights equal to the bit."""
 
 import json
 import os

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from maskformer import MaskFormer, build_model, compute_losses
@@ -28,8 +28,8 @@ TINY = replace(
     ),
     run=replace(DEMO.run, seed=3),
 )
-NUM_SEGMENTS = (2, 0, 7, 1, 3, 0, 1, 2)
-"""Of the images of a global batch: without targets, and with more than queries, among others."""
+NUM_SEGMENTS = (2, 0, 7, 1, 3, 2, 0, 0)
+"""Of the images of a global batch: more than queries, none, and a micro-batch without any, among others."""
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path: Path) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
     model = new_model()
     losses = do_steps(model, 2)
     two = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

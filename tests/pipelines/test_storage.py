@@ -1,0 +1,163 @@
+"""One contract for a local folder and for S3 (a real API over HTTP), and what becomes of a write that fails."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.storage import Location, absolute, is_remote, locate, sha256
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """Return an absent folder."""
+    return locate(tmp_path / "folder" if request.param == "local" else request.getfixturevalue("bucket") + "/folder")
+
+
+def test_written_files_are_found_again(place: Location) -> None:
+    assert not place.exists()
+    assert not place.is_dir()
+    assert place.names() == []
+    data = os.urandom(3 << 20)
+    (place / "deep" / "b").write_bytes(data)
+    (place / "a").write_text("text ü")
+    assert place.is_dir()
+    assert place.names() == ["a", "deep"]
+    assert (place / "deep").names() == ["b"]
+    assert (place / "deep" / "b").read_bytes() == data
+    assert (place / "a").read_text() == "text ü"
+    assert (place / "a").exists()
+    assert not (place / "a").is_dir()
+
+
+def test_writing_again_replaces(place: Location) -> None:
+    (place / "a").write_bytes(b"long content")
+    (place / "a").write_bytes(b"short")
+    assert (place / "a").read_bytes() == b"short"
+    assert place.names() == ["a"]
+
+
+def test_delete(place: Location) -> None:
+    (place / "a").write_bytes(b"")
+    (place / "deep" / "er" / "b").write_bytes(b"")
+    (place / "a").delete()
+    assert place.names() == ["deep"]
+    (place / "deep").delete()
+    assert place.names() == []
+    place.delete()
+    place.delete()
+    assert not place.exists()
+    (place / "a").delete()
+
+
+def test_reading_what_is_absent(place: Location) -> None:
+    with pytest.raises(FileNotFoundError):
+        (place / "a").read_bytes()
+
+
+def test_a_location_is_its_uri(place: Location) -> None:
+    below = place / "a" / "b"
+    assert str(below) == below.uri == f"{place}/a/b"
+    assert below.name == "b"
+    below.write_bytes(b"x")
+    assert locate(below.uri).read_bytes() == b"x"
+
+
+def test_relative_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert absolute("runs") == f"{tmp_path}/runs"
+    assert absolute("~/runs") == "/home/someone/runs"
+    assert absolute("file:///runs") == "/runs"
+    assert absolute("s3://bucket/runs/") == "s3://bucket/runs"
+    assert [is_remote(uri) for uri in ("runs", "C:/runs", "file:///runs", "s3://b/runs")] == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize("uri", ["nothing://bucket/folder", "s3://a bucket/folder"])
+def test_a_uri_that_cannot_be_opened(uri: str) -> None:
+    with pytest.raises(UserError, match=f"{uri}.*s3://bucket/folder"):
+        locate(uri)
+
+
+def test_a_query_configures_and_is_not_part_of_names(bucket: str) -> None:
+    place = locate(f"{bucket}/q?region=us-east-1") / "a"
+    place.write_bytes(b"x")
+    assert (locate(bucket) / "q" / "a").read_bytes() == b"x"
+
+
+def test_sha256() -> None:
+    # FIPS 180-2, appendix B.1.
+    assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    code = (
+        "import sys; from pipelines.errors import UserError; from pipelines.storage import locate\n"
+        "try: locate(sys.argv[1]).write_bytes(bytes(100_000))\n"
+        "except UserError as error: sys.exit(str(error))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"Cannot write {tmp_path}/a: no space is left" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_write_cut_off_before_its_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader or a kill meets until the last moment is the old file, whole."""
+    (tmp_path / "a").write_bytes(b"old")
+
+    def break_off(self: Path, target: Path) -> None:
+        assert self.parent == tmp_path  # only within one file system is a rename atomic
+        assert self.read_bytes() == b"new"
+        assert target.read_bytes() == b"old"
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(Path, "replace", break_off)
+    with pytest.raises(OSError, match="broken disk") as error:
+        locate(tmp_path / "a").write_bytes(b"new")
+    assert not isinstance(error.value, UserError)
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("action", "do"),
+    [
+        ("write", lambda place: (place / "b").write_bytes(b"")),
+        ("read", lambda place: (place / "b").read_bytes()),
+        ("list", lambda place: place.names()),
+    ],
+)
+def test_a_folder_that_is_a_file(tmp_path: Path, action: str, do: Callable[[Location], object]) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(UserError, match=f"Cannot {action} {tmp_path}/a.*Choose a place that this user may {action}"):
+        do(locate(tmp_path / "a"))
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_s3_without_the_bucket(bucket: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^Cannot write s3://another.*bucket.*AWS_ACCESS_KEY_ID.*AWS_ENDPOINT_URL"
+    ) as e:
+        locate("s3://another-bucket/folder/a").write_bytes(b"x")
+    assert "\n" not in str(e.value)
+
+
+def test_s3_without_a_server_is_not_an_empty_folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(UserError, match=f"^Cannot list {bucket}/folder.*AWS_ENDPOINT_URL"):
+        locate(f"{bucket}/folder").names()
