@@ -1,6 +1,5 @@
 """A checkpoint is scored, its score goes to MLflow, and the model to the registry."""
 
-import json
 import logging
 import tempfile
 from dataclasses import dataclass, replace
@@ -8,10 +7,10 @@ from pathlib import Path
 
 from maskformer import PanopticConfig
 from pipelines import cluster, registry, tracking
-from pipelines.checkpoint import SavedModel, load_model
+from pipelines.checkpoint import load_model
 from pipelines.config import PublishConfig, to_dict, tracking_uri
 from pipelines.evaluation import EvaluationResult, evaluate
-from pipelines.storage import absolute, locate
+from pipelines.storage import locate
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ def publish(config: PublishConfig) -> Published:
     """
     saved = load_model(locate(config.checkpoint))
     folder = locate(saved.uri.rpartition("/checkpoints/")[0] or saved.uri)
-    uri, run_id = _mlflow_run(saved, str(folder), config)
+    uri = tracking_uri(config.tracking_uri or saved.config.tracking.uri, saved.config.run.storage)
+    tracking.check(uri)
     panoptic = PanopticConfig(
         score_threshold=_or(config.score_threshold, saved.config.panoptic.score_threshold),
         overlap_threshold=_or(config.overlap_threshold, saved.config.panoptic.overlap_threshold),
@@ -52,28 +52,19 @@ def publish(config: PublishConfig) -> Published:
             device=config.device,
             cpus=config.cpus,
         )
+    # The run of the training, found by its folder; a checkpoint that lies elsewhere gets a run of its own.
+    run_id = tracking.open_run(
+        uri, saved.config.tracking.experiment, saved.config.run.name, str(folder), to_dict(saved.config)
+    )
+    number = ""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "metrics.json").write_bytes((locate(output) / "metrics.json").read_bytes())
         registry.log_evaluation(uri, run_id, saved.step, evaluation.metrics, Path(scratch))
-    number = ""
     if config.register:
         number = registry.register(saved, uri, run_id, config.register, config.alias, evaluation.metrics)
+    tracking.close_run(uri, run_id, "FINISHED", {"checkpoint": saved.uri})
     return Published(evaluation, uri, run_id, number)
 
 
 def _or(given: float | None, default: float) -> float:
     return default if given is None else given
-
-
-def _mlflow_run(saved: SavedModel, folder: str, config: PublishConfig) -> tuple[str, str]:
-    """Return tracking URI and id of the run that trained the checkpoint; a checkpoint on its own gets a new run."""
-    record = locate(folder) / "config.json"
-    of_training = json.loads(record.read_text()) if record.exists() else {}
-    trained_at = saved.config.tracking.uri
-    uri = tracking_uri(config.tracking_uri or trained_at, saved.config.run.storage)
-    tracking.check(uri)
-    if of_training.get("mlflow_run_id") and uri == trained_at:
-        return uri, of_training["mlflow_run_id"]
-    return uri, tracking.open_run(
-        uri, saved.config.tracking.experiment, saved.config.run.name, absolute(folder), to_dict(saved.config)
-    )

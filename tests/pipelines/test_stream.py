@@ -49,7 +49,10 @@ def packed_rows(samples: PackedSet) -> dict[int, dict[str, Any]]:
 def witnessed(
     make_operator: Callable[..., Callable[[pa.Table], pa.Table]], notes: Path, late: int
 ) -> Callable[..., Callable[[pa.Table], pa.Table]]:
-    """Let every task leave a note of its process, and the one with position `late` end after the one behind it."""
+    """Let every task leave a note of its process, and the one from position `late` end after the two behind it.
+
+    Of two slots it holds one, so that the second of them starts only when the first has been handed back.
+    """
 
     def make(*args: Any) -> Callable[[pa.Table], pa.Table]:
         operator = make_operator(*args)
@@ -57,7 +60,8 @@ def witnessed(
         def operate(plan: pa.Table) -> pa.Table:
             table, positions = operator(plan), plan["position"].to_pylist()
             deadline = time.monotonic() + 60
-            while positions[0] == late and not (notes / str(positions[-1] + 1)).exists():
+            last_behind = notes / str(positions[0] + 2 * len(positions))
+            while positions[0] == late and not last_behind.exists():
                 assert time.monotonic() < deadline, "the tasks did not run side by side"
                 time.sleep(0.01)
             (notes / str(positions[0])).write_text(str(os.getpid()))
@@ -71,7 +75,7 @@ def witnessed(
 def test_exact_order_whatever_the_tasks_take(
     samples: PackedSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From the middle of an epoch into the next: three executions, and a task that another one overtakes."""
+    """From the middle of an epoch into the next: three executions, and a task that two others overtake."""
     monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 3)
     monkeypatch.setattr(stream, "_LoadAndAugment", witnessed(stream._LoadAndAugment, tmp_path, late=74))
     found = list(batches(samples, np.arange(70, 90), cpus=2.0))
