@@ -11,7 +11,7 @@ from functools import partial
 import torchvision  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock  # pyright: ignore[reportMissingTypeStubs]  # as above
+from torchvision.models.resnet import BasicBlock  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 
 from maskformer.config import ModelConfig
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms.v2 import InterpolationMode  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+from torchvision.transforms.v2 import functional as tv  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 
 from maskformer.config import PanopticConfig
 from maskformer.model import MaskFormer
@@ -28,7 +28,7 @@ def resize_image(
     image: UInt8[np.ndarray, "H W 3"], shape: tuple[int, int], antialias: bool = False
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Resize bilinearly: without `antialias` as OpenCV does (mmdetection), with it as Pillow does (the original)."""
-    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    planes = torch.as_tensor(np.ascontiguousarray(image)).permute(2, 0, 1)
     planes = tv.resize(planes, list(shape), InterpolationMode.BILINEAR, antialias=antialias)
     return planes.permute(1, 2, 0).contiguous().numpy()
 
@@ -71,7 +71,7 @@ class Segmenter:
         """Segment an image that was resized already; the result has the size `original`."""
         network = self.model.config
         device = next(self.model.parameters()).device
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
+        pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].to(device)
         output = self.model(normalise(pixels, network.pixel_mean, network.pixel_std), None)
         shape = (image.shape[0], image.shape[1])
         ids, segments = panoptic(

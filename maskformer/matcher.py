@@ -21,6 +21,10 @@ from maskformer.config import LossConfig
 from maskformer.targets import Targets
 
 
+class NonFiniteLogits(ValueError):
+    """NaN or infinite logits; the message names the tensor, the image in the batch and the decoder layer."""
+
+
 def match(
     class_logits: Float[Tensor, "B Q K1"],
     mask_logits: Float[Tensor, "B Q h w"],
@@ -122,10 +126,10 @@ def _check_targets(targets: Sequence[Targets], num_images: int, num_classes: int
 
 
 def _check_finite(name: str, finite: Float[np.ndarray, "L B"]) -> None:
-    """Raise ValueError at the first 0 (not finite)."""
+    """Raise NonFiniteLogits at the first 0 (not finite)."""
     if not finite.all():
         layer, image = np.argwhere(finite == 0)[0]
-        raise ValueError(
+        raise NonFiniteLogits(
             f"The {name} of image {image} in the batch are not finite at decoder layer {layer} of "
             f"0..{len(finite) - 1}; lower the learning rate, clip the gradients more, or look at the image."
         )

@@ -190,18 +190,21 @@ class SavedModel:
     taxonomy: Taxonomy
 
 
-def load_model(uri_of: Location) -> SavedModel:
+def load_model(place_of: Location) -> SavedModel:
     """Read the model of a checkpoint folder, or of the newest whole checkpoint of a run's folder.
 
     Raises:
         UserError: there is none.
     """
-    places = [uri_of] if _FOLDER.match(uri_of.name) else [folder(uri_of, s) for s in reversed(steps_saved(uri_of))]
+    places = (
+        [place_of] if _FOLDER.match(place_of.name) else [folder(place_of, s) for s in reversed(steps_saved(place_of))]
+    )
     problems = []
     for place in places:
         try:
             data = _verified(place, ["model.safetensors", "config.json"])
         except DamagedCheckpoint as error:
+            logger.warning("Passing over a checkpoint. %s", error)
             problems.append(str(error))
             continue
         saved = json.loads(data["config.json"])
@@ -213,6 +216,6 @@ def load_model(uri_of: Location) -> SavedModel:
             taxonomy=Taxonomy.from_coco(saved["categories"]),
         )
     raise UserError(
-        f"No checkpoint can be read from {uri_of}: {' '.join(problems) or 'it has no checkpoints/step_* folder.'} "
+        f"No checkpoint can be read from {place_of}: {' '.join(problems) or 'it has no checkpoints/step_* folder.'} "
         f"Name a run's folder (<storage>/<run name>) or one of its checkpoints/step_* folders."
     )

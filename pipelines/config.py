@@ -190,8 +190,8 @@ class PublishConfig:
     """Default: the checkpoint's own."""
     predictors: int = 1
     """Processes that hold the model."""
-    device: str = "cpu"
-    """cpu, or cuda for one GPU per predictor."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """With cuda each predictor has a GPU."""
     cpus: float = 0.5
     """CPUs of each predictor and of each reading task."""
     register: str = ""
@@ -200,6 +200,15 @@ class PublishConfig:
     """Alias to point at the new version."""
     tracking_uri: str = ""
     """Default: the run's own."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluate", self, predictors=1)
+        if self.cpus <= 0:
+            raise ValueError(f"cpus must be positive, got {self.cpus}.")
+        for name in ("score_threshold", "overlap_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -260,13 +269,16 @@ _FREE = (
 """Leaves that may change when a run goes on: they move it or pace it, but do not change what it computes."""
 
 
+_ABSENT = object()
+
+
 def differing_leaves(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves, among those that decide the result, in which two JSON-able configurations differ."""
     before, after = leaves(old), leaves(new)
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in sorted(before.keys() | after.keys())
-        if not name.startswith(_FREE) and before.get(name, _FREE) != after.get(name, _FREE)
+        if not name.startswith(_FREE) and before.get(name, _ABSENT) != after.get(name, _ABSENT)
     ]
 
 

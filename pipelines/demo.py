@@ -12,17 +12,18 @@ from maskformer import build_model
 from maskformer.panoptic_quality import PanopticResult
 from pipelines import cluster
 from pipelines.checkpoint import SavedModel
-from pipelines.config import TrainConfig, resolve
+from pipelines.config import PublishConfig, TrainConfig, resolve
 from pipelines.data.coco import CocoLayout
 from pipelines.data.manifest import read_manifest
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic
 from pipelines.data.stream import open_pack
 from pipelines.data.synthetic import SyntheticConfig, draw_dataset
+from pipelines.errors import UserError
 from pipelines.evaluation import evaluate
 from pipelines.evaluation.baseline import color_baseline
-from pipelines.publish import PublishConfig, Published, publish
-from pipelines.storage import locate
+from pipelines.publish import Published, publish
+from pipelines.storage import is_remote, locate
 from pipelines.training import TrainResult, fit
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,11 @@ class DemoReport:
 
 def run_demo(config: TrainConfig) -> DemoReport:
     """Go the whole way below the folder `config.run.storage`; what an earlier call finished is kept."""
+    if is_remote(config.run.storage):
+        raise UserError(
+            f"The demonstration draws its pictures on this machine, got --run.storage {config.run.storage}. "
+            f"Use a local folder."
+        )
     storage = locate(config.run.storage)
     packs = {split: _pack(str(storage / "demo-data"), split, count) for split, count in SPLITS.items()}
     config = resolve(replace(config, data=replace(config.data, train=packs["train"], val=packs["val"])))

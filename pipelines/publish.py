@@ -56,13 +56,17 @@ def publish(config: PublishConfig) -> Published:
     run_id = tracking.open_run(
         uri, saved.config.tracking.experiment, saved.config.run.name, str(folder), to_dict(saved.config)
     )
+    # To score a training does not change how it ended.
+    status = tracking.status(uri, run_id) if (folder / "config.json").exists() else "FINISHED"
     number = ""
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "metrics.json").write_bytes((locate(output) / "metrics.json").read_bytes())
-        registry.log_evaluation(uri, run_id, saved.step, evaluation.metrics, Path(scratch))
-    if config.register:
-        number = registry.register(saved, uri, run_id, config.register, config.alias, evaluation.metrics)
-    tracking.close_run(uri, run_id, "FINISHED", {"checkpoint": saved.uri})
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "metrics.json").write_bytes((locate(output) / "metrics.json").read_bytes())
+            registry.log_evaluation(uri, run_id, saved.step, evaluation.metrics, Path(scratch))
+        if config.register:
+            number = registry.register(saved, uri, run_id, config.register, config.alias, evaluation.metrics)
+    finally:
+        tracking.set_status(uri, run_id, status)
     return Published(evaluation, uri, run_id, number)
 
 

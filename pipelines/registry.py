@@ -10,10 +10,12 @@ from typing import Any
 
 import mlflow
 import safetensors.torch
+from mlflow.entities import Metric
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
+from mlflow.utils.time import get_current_time_millis
 
 import maskformer
 from pipelines.checkpoint import SavedModel
@@ -30,8 +32,8 @@ _SIGNATURE = ModelSignature(
 def log_evaluation(tracking_uri: str, run_id: str, step: int, metrics: dict[str, float], folder: Path) -> None:
     """Log an evaluation's metrics at the checkpoint's step, and its small files, into the training's run."""
     client = MlflowClient(tracking_uri)
-    for name, value in metrics.items():
-        client.log_metric(run_id, name, value, step=step)
+    now = get_current_time_millis()
+    client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
     client.log_artifact(run_id, str(folder / "metrics.json"), "evaluation")
 
 

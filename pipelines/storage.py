@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ def absolute(uri: str) -> str:
     if is_remote(uri):
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    return os.path.abspath(Path(uri.removeprefix("file://")).expanduser())
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,34 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     uri = absolute(os.fspath(uri))
     if not is_remote(uri):
         return Location(fs.LocalFileSystem(), uri, uri)
+    scheme, _, path = uri.partition("://")
+    bucket, _, key = path.partition("/")
+    if "?" in uri:
+        raise UserError(
+            f"{uri} has a query, which would be lost on the way to the workers. Set endpoint and region in the "
+            f"environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION)."
+        )
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        filesystem, root = _remote(f"{scheme}://{bucket}", _settings())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise UserError(f"Cannot open {uri}: {error}. Use a path or a URI such as s3://bucket/folder.") from error
-    # A query (?endpoint_override=...) configures the filesystem; it is not part of a name below it.
-    return Location(filesystem, path, uri.partition("?")[0])
+        raise UserError(
+            f"Cannot open {uri}: {' '.join(str(error).split())}. Use a path or a URI such as s3://bucket/folder, and "
+            f"check the AWS_* variables of the environment."
+        ) from error
+    return Location(filesystem, posixpath.join(root, key) if key else root, uri)
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+
+
+@lru_cache(maxsize=16)
+def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.FileSystem, str]:
+    """Open a bucket once per environment: each opening asks the store for the bucket's region.
+
+    pyarrow itself tries a request that fails for a passing reason three times.
+    """
+    return fs.FileSystem.from_uri(bucket)
 
 
 def sha256(data: bytes | memoryview) -> str:

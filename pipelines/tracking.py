@@ -88,9 +88,7 @@ def _open_run(client: MlflowClient, uri: str, experiment: str, name: str, folder
     quote = '"' if "'" in folder else "'"
     found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
     if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return run_id
+        return found[0].info.run_id
     run_id = client.create_run(experiment_id, run_name=name, tags={_FOLDER_TAG: folder}).info.run_id
     params = [Param(key, str(value)) for key, value in leaves(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
@@ -106,6 +104,16 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     # A server chooses the place of artifacts itself; for a SQLite file it would be the working directory.
     beside = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts") if uri.startswith("sqlite:") else None
     return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
+
+
+def status(uri: str, run_id: str) -> str:
+    """Return RUNNING, FINISHED, FAILED or KILLED."""
+    return MlflowClient(uri).get_run(run_id).info.status
+
+
+def set_status(uri: str, run_id: str, status: str) -> None:
+    """Set what `status` returns."""
+    MlflowClient(uri).update_run(run_id, status=status)
 
 
 def close_run(uri: str, run_id: str, status: str, tags: dict[str, str]) -> None:

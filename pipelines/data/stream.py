@@ -281,7 +281,7 @@ def _read_row(shard: str, row: int, image_id: int) -> dict:
     """Read one image's row group and check that it is the one that was packed."""
     try:
         packed = _open_shard(shard).read_row_group(row).to_pylist()[0]
-    except (OSError, pa.ArrowException) as error:  # perhaps the network, so it may be tried again
+    except (OSError, pa.ArrowException, UserError) as error:  # perhaps the network, so it may be tried again
         raise OSError(f"Cannot read image {image_id}, row {row} of {shard}: {error}") from error
     if packed["image_id"] != image_id or sha256(packed["image"] + packed["panoptic"]) != packed["sha256"]:
         raise UserError(

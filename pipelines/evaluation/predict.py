@@ -9,7 +9,6 @@ import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ class _Predictor:
         results = []
         for row in table.to_pylist():
             ids, segments, quality = score_row(self._segment, row)
-            name = f"{PurePosixPath(row['file_name']).stem}.png"
+            name = f"{row['image_id']:012d}.png"
             png = io.BytesIO()
             Image.fromarray(encode_ids(ids)).save(png, "PNG")
             (self._folder / name).write_bytes(png.getvalue())

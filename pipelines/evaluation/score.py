@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from pipelines.progress import progress
 from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
+
+_FORBIDDEN = re.compile(r"[^\w./ :-]")
+"""What MLflow takes in no metric's name."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class EvaluationResult:
         flat = {
             f"{name}/{group}": getattr(values, name) for group, values in groups.items() for name in ("pq", "sq", "rq")
         }
-        flat.update({f"pq_class/{name}": values.pq for name, values in self.quality.per_class.items()})
+        for name, values in self.quality.per_class.items():
+            flat[f"pq_class/{_FORBIDDEN.sub('_', name)}"] = values.pq
         return {name: value for name, value in flat.items() if value == value}  # a group without a class is nan
 
 
@@ -75,7 +80,8 @@ def evaluate(
     with cluster.session():
         cluster.require(
             {"CPU": cpus * (predictors + 1), **({"GPU": predictors} if device == "cuda" else {})},
-            f"{predictors} predictors and a reading task take {cpus:g} CPU each. Use fewer --predictors or --cpus 0.5.",
+            f"{predictors} predictors and a reading task take {cpus:g} CPU each. Use fewer --predictors, less --cpus, "
+            f"or a larger cluster.",
         )
         results = predict(
             saved,

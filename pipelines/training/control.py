@@ -30,7 +30,9 @@ class Control:
         return self._fatal
 
     def add_event(self, event: str, **facts: Any) -> None:
-        """Add a line for the ledger."""
+        """Add a line for the ledger. Progress is that of the attempt that has started last."""
+        if event == "start":
+            self._progress = {}
         self._events.append({"event": event, **facts})
 
     def set_progress(self, **facts: Any) -> None:

@@ -9,6 +9,7 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskformer import build_model
 from maskformer.weights.imagenet import load_backbone
@@ -62,7 +63,8 @@ def fit(config: TrainConfig) -> TrainResult:
         "Run %s: %d steps of %s; %d images, %d left out without a thing.",
         config.run.name, steps, config.plan, len(samples), samples.num_left_out,
     )  # fmt: skip
-    if earlier and checkpoint.steps_saved(run)[-1:] == [steps] and checkpoint.newest(run) is not None:
+    done = checkpoint.newest(run) if checkpoint.steps_saved(run)[-1:] == [steps] else None
+    if earlier and done and done.step == steps:
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
         return _result("finished", config, run, steps, earlier["mlflow_run_id"])
     with cluster.session():
@@ -70,12 +72,15 @@ def fit(config: TrainConfig) -> TrainResult:
         mlflow_run_id = tracking.open_run(
             config.tracking.uri, config.tracking.experiment, config.run.name, str(run), record["config"]
         )
+        tracking.set_status(config.tracking.uri, mlflow_run_id, "RUNNING")
         (run / "config.json").write_text(json.dumps({**record, "mlflow_run_id": mlflow_run_id}, indent=1))
         return _train(config, run, steps, mlflow_run_id)
 
 
 def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -> TrainResult:
-    control = Control.remote()
+    # Beside the driver: it must not go down with another node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    control = Control.options(scheduling_strategy=here).remote()
     book = ledger.Ledger(run)
     if book.open:
         book.add("failure", cause="the driver was lost", step=None)
@@ -108,7 +113,13 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # it announces every report
         ),
     )
-    outcome, cause = watch.follow(trainer.fit, control, book)
+    try:
+        outcome, cause = watch.follow(trainer.fit, control, book)
+    except BaseException as error:
+        if book.open:
+            book.add("end", status="broken off", cause=type(error).__name__, step=None)
+        tracking.close_run(config.tracking.uri, mlflow_run_id, "KILLED", {"cause": type(error).__name__})
+        raise
     if outcome is None:
         tracking.close_run(config.tracking.uri, mlflow_run_id, "FAILED", {"cause": cause[:5000]})
         raise RunFailed(
@@ -137,13 +148,19 @@ def _earlier_record(run: Location, record: dict[str, Any]) -> dict[str, Any] | N
                 f"Choose another --run.name or --run.storage."
             )
         return None
-    earlier = json.loads(place.read_text())
-    changes = differing_leaves(earlier["config"], record["config"])
-    changes += [
-        f"{what}: {earlier[key]} -> {record[key]}"
-        for key, what in (("data_hash", "the data in data.train"), ("total_steps", "the number of steps"))
-        if earlier[key] != record[key]
-    ]
+    try:
+        earlier = json.loads(place.read_text())
+        changes = differing_leaves(earlier["config"], record["config"])
+        changes += [
+            f"{what}: {earlier[key]} -> {record[key]}"
+            for key, what in (("data_hash", "the data in data.train"), ("total_steps", "the number of steps"))
+            if earlier[key] != record[key]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place} is not the config.json of a run ({type(error).__name__}: {error}). Put the right one back, or "
+            f"choose another --run.name."
+        ) from error
     if changes:
         raise UserError(
             f"{run} is a run with another configuration: {'; '.join(changes)}. "

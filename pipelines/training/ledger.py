@@ -5,11 +5,15 @@ workers), `failure` or `end` closes it.
 """
 
 import json
+import logging
 import re
 import time
 from typing import Any
 
+from pipelines.errors import UserError
 from pipelines.storage import Location
+
+logger = logging.getLogger(__name__)
 
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
@@ -25,10 +29,13 @@ class Ledger:
         self.events: list[dict[str, Any]] = read(run)
 
     def add(self, event: str, **facts: Any) -> None:
-        """Write one event down."""
+        """Write one event down. If the storage refuses, a run goes on without; the next event writes all of them."""
         self.events.append({"event": event, "time": round(time.time(), 3), **facts})
         # Rewritten whole: an object store cannot append, and a run has few events.
-        self._place.write_text("".join(json.dumps(line) + "\n" for line in self.events))
+        try:
+            self._place.write_text("".join(json.dumps(line) + "\n" for line in self.events))
+        except (UserError, OSError) as error:
+            logger.warning("The ledger is not up to date. %s", error)
 
     @property
     def attempts(self) -> int:

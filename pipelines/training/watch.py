@@ -33,7 +33,7 @@ def _watch(
     future: Future[ray.train.Result], interrupts: "_Interrupts", control: Any, book: ledger.Ledger
 ) -> tuple[dict[str, Any] | None, str]:
     """Follow the run until it ends; return the workers' outcome, or None and the cause of the failure."""
-    stopping, last_step, finished = False, 0, False
+    stopping, last_step, finished, begun = False, 0, False, len(book.events)
     while not finished:
         # Looked at before the events are fetched, so that none is left behind.
         finished = bool(wait([future], timeout=1).done)
@@ -46,7 +46,7 @@ def _watch(
         events, progress = ray.get(control.drain.remote())
         for event in events:
             _account(event, progress, book)
-            if hopeless := _hopeless(book):
+            if hopeless := _hopeless(book.events[begun:]):
                 ray.get(control.declare_fatal.remote(hopeless))
         if progress and progress["step"] != last_step:
             last_step = progress["step"]
@@ -78,18 +78,21 @@ def _account(event: dict[str, Any], progress: dict[str, Any], book: ledger.Ledge
         ))  # fmt: skip
         return
     if kind == "failure":
-        event["step"] = progress.get("step")
+        event["step"] = progress.get("step", book.events[-1].get("step"))
         logger.warning("An attempt ended at step %s: %s", event["step"], event["cause"])
     elif kind == "start" and book.attempts:
-        lost = max(0, (book.events[-1].get("step") or event["step"]) - event["step"])
-        logger.info("Resumed at step %d; about %d steps are done again.", event["step"], lost)
+        reached = book.events[-1].get("step")
+        lost = None if reached is None else max(0, reached - event["step"])
+        logger.info(
+            "Resumed at step %d; %s steps are done again.", event["step"], "some" if lost is None else f"about {lost}"
+        )
         event["lost_steps"] = lost
     book.add(kind, attempt=book.attempts + (kind == "start"), **event)
 
 
-def _hopeless(book: ledger.Ledger) -> str | None:
+def _hopeless(events: list[dict[str, Any]]) -> str | None:
     """Return the cause if the last attempts all ended by it at the same step: another one would only cost time."""
-    failures = [event for event in book.events if event["event"] == "failure"][-_SAME_FAILURES:]
+    failures = [event for event in events if event["event"] == "failure"][-_SAME_FAILURES:]
     same = len({(event["cause"], event["step"]) for event in failures}) == 1
     return f"{failures[0]['cause']} ({_SAME_FAILURES} times)" if same and len(failures) == _SAME_FAILURES else None
 

@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn.parallel import DistributedDataParallel
 
 from maskformer import build_model, compute_losses
+from maskformer.matcher import NonFiniteLogits
 from maskformer.optim import build_optimizer, learning_rate_factor
 from maskformer.weights.imagenet import load_backbone
 from pipelines import checkpoint
@@ -78,7 +79,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     stop = _StopFlag(control) if rank == 0 else None
     metrics = MetricLog(config.tracking.uri, job["mlflow_run_id"]) if rank == 0 else None
     meter = _Meter(first_step, total_steps)
-    status, step = "finished", first_step
+    status, step, norm = "finished", first_step, float("nan")
     while step < total_steps:
         factor = learning_rate_factor(step, total_steps, steps_per_epoch, config.schedule)
         try:
@@ -86,14 +87,14 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
             num_masks, stopping = _agree(micro_batches, config, stop, device)
             losses, norm = train_step(model, optimizer, micro_batches, num_masks, factor, config, device)
         except (NonFiniteError, UserError) as error:  # another attempt would end in the same way
-            message = f"step {step}, worker {rank}: {error}"
+            message = f"step {step}, worker {rank}: {error} The gradient norm of the step before was {norm:g}."
             ray.get(control.declare_fatal.remote(message))
             raise type(error)(message) from error
         if config.run.sample_log:
             _log_samples(run, step, rank, micro_batches)
         step += 1  # from here on, `step` counts the steps done
 
-        if step % config.tracking.log_every == 0 or step in (first_step + 1, total_steps):
+        if step % config.tracking.log_every == 0 or step in (1, total_steps):
             dist.all_reduce(losses)  # every rank's mean over its micro-batches
             if metrics is not None:
                 names = ("loss/classification", "loss/focal", "loss/dice", "loss/total")
@@ -135,7 +136,7 @@ def train_step(
         factor: on every group's initial learning rate.
 
     Raises:
-        NonFiniteError: logits or gradients are not finite; names the images, the learning rate and the norm.
+        NonFiniteError: logits or gradients are not finite; names the images and the learning rate.
     """
     network = config.model
     for group in optimizer.param_groups:
@@ -152,7 +153,7 @@ def train_step(
                 output = model(*batch.inputs(network.pixel_mean, network.pixel_std))
             try:
                 losses = compute_losses(output, batch.targets(), config.loss, num_masks)
-            except ValueError as error:
+            except NonFiniteLogits as error:
                 images = ", ".join(map(str, batch.image_ids))
                 lr = max(group["lr"] for group in optimizer.param_groups)
                 raise NonFiniteError(f"{error} Images {images}, learning rate {lr:g}.") from error
@@ -163,7 +164,8 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if not np.isfinite(norm):
         images = ", ".join(str(image) for batch in micro_batches for image in batch.image_ids)
-        raise NonFiniteError(f"The gradient's norm is {norm}. Images {images}, learning-rate factor {factor:g}.")
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        raise NonFiniteError(f"The gradient's norm is {norm}. Images {images}, learning rate {lr:g}.")
     optimizer.step()
     return total, norm
 
@@ -184,7 +186,7 @@ def _restore(
 
     torch.manual_seed(config.run.seed)
     network = build_model(config.model)
-    if state is None and config.weights != "none":
+    if state is None and config.weights != "none" and rank == 0:  # DDP hands them to the others
         load_backbone(network, config.weights)
     network.to(device).train()
     model = DistributedDataParallel(

@@ -154,6 +154,8 @@ def test_a_folder_has_one_run(uri: str) -> None:
     run = client.get_run(first)
     assert (run.info.status, run.data.tags["status"]) == ("KILLED", "stopped")
     assert tracking.open_run(uri, "trials", "run", "/runs/a", CONFIG) == first
+    assert tracking.status(uri, first) == "KILLED"
+    tracking.set_status(uri, first, "RUNNING")
     assert client.get_run(first).info.status == "RUNNING"
 
 

@@ -26,6 +26,7 @@ TINY = replace(
     model=replace(
         DEMO.model, num_classes=4, num_queries=5, hidden_dim=16, feedforward_dim=32, decoder_layers=2, dropout=0.1
     ),
+    optimizer=replace(DEMO.optimizer, lr=1e-3),
     run=replace(DEMO.run, seed=3),
 )
 NUM_SEGMENTS = (2, 0, 7, 1, 3, 2, 0, 0)
