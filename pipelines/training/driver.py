@@ -67,6 +67,7 @@ def fit(config: TrainConfig) -> TrainResult:
     if earlier and done and done.step == steps:
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
         return _result("finished", config, run, steps, earlier["mlflow_run_id"])
+    _check_writable(locate(config.run.storage))
     with cluster.session():
         _require_cluster(config)
         mlflow_run_id = tracking.open_run(
@@ -179,6 +180,13 @@ def _check_classes(config: TrainConfig, samples: PackedSet) -> None:
         raise UserError(
             f"{config.data.val} has other categories than {samples.uri}. Pack both splits of the same data set."
         )
+
+
+def _check_writable(storage: Location) -> None:
+    """Find out now, rather than at the first checkpoint, whether the storage can be written."""
+    probe = storage / ".writable"
+    probe.write_bytes(b"")
+    probe.delete()
 
 
 def _check_weights(config: TrainConfig, run: Location) -> None:

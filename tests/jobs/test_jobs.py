@@ -1,5 +1,6 @@
 """What people meet at the command line: help without Ray, and mistakes explained in one paragraph with status 2."""
 
+import json
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from jobs.cli import run
 from maskformer import build_model
 from maskformer.optim import build_optimizer
 from pipelines import checkpoint, cluster
-from pipelines.config import TrainConfig
+from pipelines.config import TrainConfig, resolve, to_dict
 from pipelines.data.stream import open_pack
 from pipelines.errors import UserError
 from pipelines.recipes import R50_MMDET
@@ -170,7 +171,7 @@ def test_data_that_is_no_pack(
         (["--tracking.uri", NOBODY], rf"MLflow server {NOBODY} does not answer: .*--tracking\.uri"),
         (["--tracking.uri", "sqlite:////dev/null/mlflow.db"], r"/dev/null/mlflow\.db cannot be written"),
         (["--tracking.uri", "mlruns"], r"does not keep runs in a plain folder"),
-        (["--run.storage", "/dev/null/runs"], r"Cannot write /dev/null/runs/run/config\.json"),
+        (["--run.storage", "/dev/null/runs"], r"Cannot write /dev/null/runs/\.writable"),
         (["--run.storage", "nothing://runs"], r"Cannot open nothing://runs"),
     ],
 )
@@ -214,6 +215,13 @@ def test_following_the_advice_gets_a_gpu_recipe_started_on_a_cpu(
 def test_a_run_keeps_its_configuration_and_its_data(
     refused: Refused, config: TrainConfig, packs: dict[str, str], storage: Path
 ) -> None:
+    known = {
+        "config": to_dict(resolve(config)),
+        "data_hash": open_pack(packs["train"]).data_hash,
+        "total_steps": config.run.steps,
+    }
+    (storage / "run").mkdir(parents=True)
+    (storage / "run" / "config.json").write_text(json.dumps(known))
     assert refused.train(config) == "error: Ray would be started now."
     record = (storage / "run" / "config.json").read_bytes()
     complaint = refused.train(config, "--run.seed", "1", "--optimizer.lr", "0.5")
@@ -237,7 +245,7 @@ def test_a_folder_of_somebody_else_is_left_alone(refused: Refused, config: Train
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_too_few_cpus_are_refused_with_numbers(refused: Refused, config: TrainConfig) -> None:
+def test_too_few_cpus_are_refused_with_numbers(refused: Refused, config: TrainConfig, storage: Path) -> None:
     start = time.monotonic()
     complaint = refused.train(config, "--scaling.cpus-per-worker", "50", "--scaling.data-cpus", "7")
     assert re.search(
@@ -245,6 +253,7 @@ def test_too_few_cpus_are_refused_with_numbers(refused: Refused, config: TrainCo
     )
     assert "--scaling.cpus-per-worker" in complaint
     assert time.monotonic() - start < 30
+    assert not (storage / "run").exists()
 
 
 def train_elsewhere(config: TrainConfig, address: str, before: str = "pass") -> tuple[str, float]:

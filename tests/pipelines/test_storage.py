@@ -85,10 +85,9 @@ def test_a_uri_that_cannot_be_opened(uri: str) -> None:
         locate(uri)
 
 
-def test_a_query_configures_and_is_not_part_of_names(bucket: str) -> None:
-    place = locate(f"{bucket}/q?region=us-east-1") / "a"
-    place.write_bytes(b"x")
-    assert (locate(bucket) / "q" / "a").read_bytes() == b"x"
+def test_a_query_is_refused_since_workers_would_not_see_it() -> None:
+    with pytest.raises(UserError, match=r"s3://b/runs\?region=us-east-1 has a query.*AWS_DEFAULT_REGION"):
+        locate("s3://b/runs?region=us-east-1")
 
 
 def test_sha256() -> None:
