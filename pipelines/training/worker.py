@@ -87,7 +87,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
             num_masks, stopping = _agree(micro_batches, config, stop, device)
             losses, norm = train_step(model, optimizer, micro_batches, num_masks, factor, config, device)
         except (NonFiniteError, UserError) as error:  # another attempt would end in the same way
-            message = f"step {step}, worker {rank}: {error} The gradient norm of the step before was {norm:g}."
+            message = f"step {step}, worker {rank}: {error}"
+            if isinstance(error, NonFiniteError):
+                message += f" The gradient norm of the step before was {norm:g}."
             ray.get(control.declare_fatal.remote(message))
             raise type(error)(message) from error
         if config.run.sample_log:
