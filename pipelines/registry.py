@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,6 @@ def register(
     The version carries the code of `maskformer`, the weights and all that inference needs; it loads with
     `mlflow.pyfunc.load_model("models:/NAME@ALIAS")` where neither Ray nor this checkout is.
     """
-    mlflow.set_tracking_uri(tracking_uri)
     about = {
         "model": dataclasses.asdict(saved.config.model),
         "panoptic": dataclasses.asdict(saved.config.panoptic),
@@ -55,11 +55,15 @@ def register(
         "checkpoint": saved.uri,
         "metrics": metrics,
     }
+    # MLflow also writes this into the environment, where the next run of this process would find it.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri)
     mlflow.start_run(run_id=run_id)
     try:
         model = _log_model(saved, about, name)
     finally:
         mlflow.end_run()
+        mlflow.set_tracking_uri(before)
     number = str(model.registered_model_version)
     client = MlflowClient(tracking_uri)
     client.set_registered_model_alias(name, alias, number)

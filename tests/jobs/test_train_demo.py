@@ -1,6 +1,7 @@
 """The demonstration with a handful of steps: every part runs, and its last line is the PQ."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ def test_demo_goes_the_whole_way(
     ray_session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "SPLITS", {"train": 32, "val": 6})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     flags = ["--run.storage", str(tmp_path), "--run.steps", "4", "--checkpoint.every", "2", "--evaluation.every", "2"]
     monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags])
     assert train_demo.main() == 0
     printed = capsys.readouterr().out
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # a later run of this process chooses its own
     assert re.search(r"\nPQ \d+\.\d\n$", printed)
     for part in ("untrained model", "nearest-colour baseline", "trained model", "MLflow run", "model version"):
         assert part in printed
