@@ -63,7 +63,7 @@ def register(
         model = _log_model(saved, about, name)
     finally:
         mlflow.end_run()
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] -- None unsets it, though not annotated
     number = str(model.registered_model_version)
     client = MlflowClient(tracking_uri)
     client.set_registered_model_alias(name, alias, number)
