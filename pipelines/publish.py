@@ -1,6 +1,5 @@
 """A checkpoint is scored, its score goes to MLflow, and the model to the registry."""
 
-import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from pipelines.checkpoint import load_model
 from pipelines.config import PublishConfig, to_dict, tracking_uri
 from pipelines.evaluation import EvaluationResult, evaluate
 from pipelines.storage import locate
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import tempfile
 from importlib.metadata import version
@@ -20,8 +19,6 @@ from mlflow.utils.time import get_current_time_millis
 
 import maskformer
 from pipelines.checkpoint import SavedModel
-
-logger = logging.getLogger(__name__)
 
 _REQUIREMENTS = ("torch", "torchvision", "numpy", "scipy", "safetensors", "pillow", "pandas", "jaxtyping")
 _SIGNATURE = ModelSignature(

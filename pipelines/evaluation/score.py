@@ -1,7 +1,6 @@
 """evaluate(): a checkpoint's PQ over a packed set, with the predictions in COCO's panoptic result format."""
 
 import json
-import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,6 @@ from pipelines.errors import UserError
 from pipelines.evaluation.predict import predict
 from pipelines.progress import progress
 from pipelines.storage import Location, locate
-
-logger = logging.getLogger(__name__)
 
 _FORBIDDEN = re.compile(r"[^\w./ :-]")
 """What MLflow takes in no metric's name."""
