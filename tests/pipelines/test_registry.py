@@ -156,7 +156,12 @@ def assert_loads_elsewhere(uri: str, saved: SavedModel, picture: Picture, folder
 
 
 def test_a_version_loads_where_this_checkout_is_not(
-    uri: str, tiny: TrainConfig, packs: dict[str, str], picture: Picture, tmp_path: Path
+    uri: str,
+    tiny: TrainConfig,
+    packs: dict[str, str],
+    picture: Picture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_id = tracking.open_run(uri, "experiment", "run", "/runs/run", {})
     first, second = saved_model(tiny, packs, seed=0, step=10), saved_model(tiny, packs, seed=2, step=20)
@@ -173,6 +178,7 @@ def test_a_version_loads_where_this_checkout_is_not(
     assert registry.register(second, uri, run_id, NAME, ALIAS, {"pq/all": 0.5}) == "2"
     assert client.get_model_version_by_alias(NAME, ALIAS).tags["step"] == "20"
     assert not np.array_equal(segmented(first, picture.pixels)[0], segmented(second, picture.pixels)[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # registering leaves MLflow's own setting as it was
     loaded = mlflow.pyfunc.load_model(f"models:/{NAME}@{ALIAS}")
     (png,) = loaded.predict({"image": [picture.file.read_bytes()]})["png"]
     (tmp_path / "second.png").write_bytes(png)
@@ -192,7 +198,9 @@ def test_a_version_loads_where_this_checkout_is_not(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_what_was_scored_is_registered(tiny: TrainConfig, packs: dict[str, str], tmp_path: Path) -> None:
+def test_what_was_scored_is_registered(
+    tiny: TrainConfig, packs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The thresholds of the command line travel with the version, and its PQ is the one they gave."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = replace(tiny, tracking=replace(tiny.tracking, uri=uri), panoptic=PanopticConfig(score_threshold=1.0))
@@ -217,6 +225,7 @@ def test_what_was_scored_is_registered(tiny: TrainConfig, packs: dict[str, str],
     metrics = client.get_run(published.mlflow_run_id).data.metrics
     assert metrics["pq/all"] == published.evaluation.quality.pq
     version = client.get_model_version_by_alias(NAME, ALIAS)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert version.tags["pq"] == str(published.evaluation.quality.pq)
     artifacts = Path(download_artifacts(f"models:/{NAME}@{ALIAS}", dst_path=str(tmp_path / "copy")))
     about = json.loads(next(artifacts.rglob("about.json")).read_text())
