@@ -7,14 +7,11 @@ so `--help` answers at once.
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from pipelines.errors import RunFailed, UserError
-
-if TYPE_CHECKING:
-    from pipelines.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -47,18 +44,3 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def train(config: "TrainConfig") -> int:
-    """Train, say where the result is, and return the exit status: 130 if it was stopped before the end."""
-    from pipelines.training import fit  # imports Ray, which --help should not
-
-    result = fit(config)
-    print(f"{result.status} at step {result.step}: {result.checkpoint}")
-    print(f"MLflow run {result.mlflow_run_id} at {result.tracking_uri}")
-    if result.status == "stopped":
-        print(
-            f"to go on: the same command with --run.name {result.name} --run.storage {result.folder.rpartition('/')[0]}"
-        )
-        return 130
-    return 0

@@ -1,7 +1,18 @@
 """MaskFormer for panoptic segmentation (arXiv:2107.06278): the model, its losses, its results, and their score."""
 
 from maskformer import taxonomy, weights
-from maskformer.config import DEMO, R50, LossConfig, ModelConfig, PanopticConfig
+from maskformer.config import (
+    DEMO,
+    R50,
+    R101,
+    SWIN_B,
+    SWIN_L,
+    SWIN_S,
+    SWIN_T,
+    LossConfig,
+    ModelConfig,
+    PanopticConfig,
+)
 from maskformer.criterion import Losses, compute_losses
 from maskformer.inference import Segmenter
 from maskformer.matcher import match
@@ -14,6 +25,11 @@ from maskformer.taxonomy import Taxonomy
 __all__ = [
     "DEMO",
     "R50",
+    "R101",
+    "SWIN_B",
+    "SWIN_L",
+    "SWIN_S",
+    "SWIN_T",
     "LossConfig",
     "Losses",
     "MaskFormer",

@@ -8,9 +8,12 @@ Letters: B images, C channels, H W image, h w feature map (each its own).
 
 from functools import partial
 
+import torch
 import torchvision  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import swin_transformer  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 from torchvision.models.resnet import BasicBlock  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 
 from maskformer.config import ModelConfig
@@ -33,17 +36,18 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
-class ResNet50(nn.Module):
-    """torchvision's ResNet-50 without its classifier: strides 4, 8, 16 and 32. All convolutions train.
+class ResNet(nn.Module):
+    """torchvision's ResNet-50 or -101 without its classifier: strides 4, 8, 16 and 32. All convolutions train.
 
     Parameter names are torchvision's.
     """
 
     channels = (256, 512, 1024, 2048)
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
-        resnet = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        build = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
+        resnet = build(weights=None, norm_layer=FrozenBatchNorm2d)
         self.conv1 = resnet.conv1
         self.bn1 = resnet.bn1
         self.relu = resnet.relu
@@ -61,6 +65,94 @@ class ResNet50(nn.Module):
         res4 = self.layer3(res3)
         res5 = self.layer4(res4)
         return [res2, res3, res4, res5]
+
+
+class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
+    """torchvision's window attention, which also shifts where the map is not larger than one window.
+
+    torchvision leaves the shift out there, as the published classifier does. The published detectors always shift.
+    """
+
+    def define_relative_position_index(self) -> None:
+        """Keep the index, a constant of the window size, out of the checkpoints."""
+        super().define_relative_position_index()
+        self._non_persistent_buffers_set.add("relative_position_index")
+
+    def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+        """Attend within windows, shifted by `shift_size`."""
+        height, width = x.shape[1:3]
+        window_height, window_width = self.window_size
+        if not any(self.shift_size) or (height > window_height and width > window_width):
+            return super().forward(x)
+        # The shift and its mask are made here; torchvision's function then sees plain windows with a bias for each.
+        x = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
+        bias = self.get_relative_position_bias() + self._shift_mask(x.shape[1], x.shape[2], x.device)
+        x = swin_transformer.shifted_window_attention(
+            x.roll([-shift for shift in self.shift_size], (1, 2)),
+            self.qkv.weight,
+            self.proj.weight,
+            bias.repeat(len(x), 1, 1, 1),
+            self.window_size,
+            self.num_heads,
+            shift_size=[0, 0],
+            attention_dropout=self.attention_dropout,
+            dropout=self.dropout,
+            qkv_bias=self.qkv.bias,
+            proj_bias=self.proj.bias,
+            training=self.training,
+        )
+        return x.roll(self.shift_size, (1, 2))[:, :height, :width]
+
+    def _shift_mask(self, height: int, width: int, device: torch.device) -> Float[Tensor, "windows 1 cells cells"]:
+        """Return -100 between cells that only the roll brought into one window, 0 elsewhere."""
+        regions = torch.zeros(height, width, device=device)
+        for axis, (size, window, shift) in enumerate(
+            zip((height, width), self.window_size, self.shift_size, strict=True)
+        ):
+            place = torch.arange(size, device=device)
+            # Beyond the last full window lie the rows that belong together, and those that came from the other side.
+            region = (place >= size - window).long() + (place >= size - shift).long()
+            regions = 3 * regions + (region[:, None] if axis == 0 else region)
+        down, across = self.window_size
+        windows = regions.view(height // down, down, width // across, across).transpose(1, 2).flatten(2).flatten(0, 1)
+        return (windows[:, None, :] != windows[:, :, None]).float()[:, None] * -100.0
+
+
+class Swin(nn.Module):
+    """torchvision's Swin transformer without its classifier, as a backbone: strides 4, 8, 16 and 32.
+
+    Beside the shift (`ShiftedWindowAttention`) it differs from torchvision's in two things, as the published
+    detectors do: an image that the patches do not divide is padded instead of cut, and each output has its own norm.
+    Parameter names are torchvision's, `features.*`, and `norms.*`.
+    """
+
+    def __init__(
+        self, embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], window: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
+        self.features = torchvision.models.SwinTransformer(
+            patch_size=[4, 4],
+            embed_dim=embed_dim,
+            depths=list(depths),
+            num_heads=list(num_heads),
+            window_size=[window, window],
+            stochastic_depth_prob=drop_path,
+            block=partial(swin_transformer.SwinTransformerBlock, attn_layer=ShiftedWindowAttention),
+        ).features
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
+        """Return the outputs of the four stages, before the patches are merged."""
+        height, width = images.shape[-2:]
+        x = F.pad(images, (0, -width % 4, 0, -height % 4))
+        features: list[Tensor] = []
+        # The embedding of the patches, a stage, a merging of patches, a stage, and so on.
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index % 2:
+                features.append(self.norms[index // 2](x).permute(0, 3, 1, 2).contiguous())
+        return features
 
 
 class SmallBackbone(nn.Module):
@@ -99,6 +191,20 @@ class SmallBackbone(nn.Module):
         return features
 
 
-def build_backbone(config: ModelConfig) -> ResNet50 | SmallBackbone:
+def build_backbone(config: ModelConfig) -> ResNet | Swin | SmallBackbone:
     """Build the backbone that the configuration names, with random weights."""
-    return {"resnet50": ResNet50, "small": SmallBackbone}[config.backbone]()
+    match config.backbone:
+        case "resnet50":
+            return ResNet(50)
+        case "resnet101":
+            return ResNet(101)
+        case "swin_t":
+            return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, config.drop_path)
+        case "swin_s":
+            return Swin(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, config.drop_path)
+        case "swin_b":
+            return Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, config.drop_path)
+        case "swin_l":
+            return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, config.drop_path)
+        case "small":
+            return SmallBackbone()

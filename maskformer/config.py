@@ -11,7 +11,7 @@ from typing import Literal
 class ModelConfig:
     """The shape of a MaskFormer."""
 
-    backbone: Literal["resnet50", "small"] = "resnet50"
+    backbone: Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"] = "resnet50"
     """`small` is a GroupNorm network of a few hundred thousand parameters, for demonstrations on a CPU."""
     num_classes: int = 133
     """Things and stuff together; index `num_classes` of the class logits is "no object"."""
@@ -26,6 +26,11 @@ class ModelConfig:
     """On attention weights, after attention, and in the encoder's feed-forward layers."""
     decoder_feedforward_dropout: float = 0.0
     """0 is what mmdetection 2.25 really ran with, although its configuration says 0.1."""
+    drop_path: float = 0.0
+    """Probability that a branch of Swin's last block is left out; it rises linearly from 0 in the first block."""
+    initialisation: Literal["mmdetection", "original"] = "mmdetection"
+    """`original` draws every convolution of the pixel decoder from Caffe2's Xavier. mmdetection means to, but its loop
+    ends one level early, so both res4 convolutions start from a wider Kaiming normal."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """RGB, in units of 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -43,7 +48,7 @@ class ModelConfig:
                 f"model.hidden_dim must be a multiple of model.num_heads and of 4 (two sine/cosine axes), "
                 f"got {self.hidden_dim} with {self.num_heads} heads; use {4 * self.num_heads} or a multiple of it."
             )
-        for name in ("dropout", "decoder_feedforward_dropout"):
+        for name in ("dropout", "decoder_feedforward_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
 
@@ -84,8 +89,22 @@ class PanopticConfig:
 R50 = ModelConfig()
 """ResNet-50 with the transformer-encoder pixel decoder: 45,065,158 parameters."""
 
+R101 = ModelConfig(backbone="resnet101")
+"""ResNet-101 with the transformer-encoder pixel decoder."""
+
+SWIN_T = ModelConfig(backbone="swin_t", encoder_layers=0, drop_path=0.3)
+"""Swin-T with the plain feature pyramid, as all Swins."""
+
+SWIN_S = ModelConfig(backbone="swin_s", encoder_layers=0, drop_path=0.3)
+
+SWIN_B = ModelConfig(backbone="swin_b", encoder_layers=0, drop_path=0.3)
+
+SWIN_L = ModelConfig(backbone="swin_l", encoder_layers=0, drop_path=0.3)
+"""Swin-L, windows of 12: 211,571,258 parameters."""
+
 DEMO = ModelConfig(
     backbone="small",
+    initialisation="original",
     num_classes=7,
     num_queries=16,
     hidden_dim=96,

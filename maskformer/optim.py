@@ -1,7 +1,8 @@
 """What the optimizer does to which parameter, and the learning rate of every step.
 
 AdamW as MaskFormer uses it (arXiv:2107.06278, section 4.1, and its released configurations): the backbone learns
-slower, norms and query embeddings do not decay. The learning rate is a pure function of the step: it needs no saving.
+slower, norms, query embeddings and Swin's position biases do not decay. The learning rate is a pure function of the
+step: it needs no saving.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from maskformer.backbone import ShiftedWindowAttention
 from maskformer.model import MaskFormer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
@@ -27,6 +29,9 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     """Of weights and biases alike."""
     norm_weight_decay: float = 0.0
+    """Of the norms outside the backbone."""
+    backbone_norm_weight_decay: float = 0.0
+    """mmdetection's Swin-L trained with 0.01: its inherited rule for the backbone comes before the one for norms."""
     query_weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -39,7 +44,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"optimizer.{name} must be positive, got {value}.")
-        for name in ("backbone_lr_multiplier", "weight_decay", "norm_weight_decay", "query_weight_decay", "clip_norm"):
+        decays = ("weight_decay", "norm_weight_decay", "backbone_norm_weight_decay", "query_weight_decay")
+        for name in ("backbone_lr_multiplier", *decays, "clip_norm"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"optimizer.{name} must not be negative, got {value}.")
@@ -81,7 +87,9 @@ def parameter_groups(model: MaskFormer, config: OptimizerConfig) -> list[dict[st
     backbone_lr = config.lr * config.backbone_lr_multiplier
     groups = [
         _group("backbone", backbone_lr, config.weight_decay),
-        _group("backbone norms", backbone_lr, config.norm_weight_decay),
+        _group("backbone norms", backbone_lr, config.backbone_norm_weight_decay),
+        # At the full rate and without decay in every published recipe, whatever the rest of the backbone does.
+        _group("position biases", config.lr, 0.0),
         _group("heads", config.lr, config.weight_decay),
         _group("head norms", config.lr, config.norm_weight_decay),
         _group("queries", config.lr, config.query_weight_decay),
@@ -91,6 +99,8 @@ def parameter_groups(model: MaskFormer, config: OptimizerConfig) -> list[dict[st
     for module in model.modules():
         if module is model.query_embedding:
             name = "queries"
+        elif isinstance(module, ShiftedWindowAttention):
+            name = "position biases"  # its own parameter; the projections are modules inside
         elif isinstance(module, _NORMS):
             name = "backbone norms" if module in backbone else "head norms"
         else:

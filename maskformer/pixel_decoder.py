@@ -38,13 +38,14 @@ class PixelDecoder(nn.Module):
         self.laterals = nn.ModuleList(_conv_norm(width, hidden, 1) for width in reversed(finer))
         self.outputs = nn.ModuleList(_conv_norm(hidden, hidden, 3).append(nn.ReLU()) for _ in finer)
         self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
-        # Caffe2's Xavier, uniform +-sqrt(3 / fan_in), on every convolution as in the original code. mmdetection
-        # means to, but its loop ends one level early: there both res4 convolutions keep a wider Kaiming normal.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's Xavier: +-sqrt(3 / fan_in)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if config.initialisation == "mmdetection":
+            for name in ("laterals.0.0.weight", "outputs.0.0.weight"):
+                nn.init.kaiming_normal_(self.get_parameter(name), mode="fan_out", nonlinearity="relu")
 
     def forward(
         self,

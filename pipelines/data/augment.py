@@ -1,9 +1,9 @@
 """Augmentation as pure functions: (sample, rng, config) -> sample.
 
 The recipe of arXiv:2107.06278 for COCO panoptic: a flip; then one of two policies, half the time each:
-resize the short side; or resize, crop, resize again. Geometry touches one index plane instead of N masks,
-and segments that lose their last pixel are dropped. A sample's generator depends on (seed, epoch, image id)
-alone, so any sample of any run can be made again.
+resize the short side; or resize, crop, resize again. Geometry touches one index plane instead of N masks.
+Segments that lose their last pixel are dropped, unless the configuration keeps them. A sample's generator
+depends on (seed, epoch, image id) alone, so any sample of any run can be made again.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class AugmentConfig:
     """Crop height and width are each drawn from this range, both ends included."""
     interpolation: Literal["bilinear", "bilinear-antialias"] = "bilinear"
     """`bilinear` as OpenCV does it (mmdetection), `bilinear-antialias` as Pillow does (the original)."""
+    keep_empty: bool = False
+    """Teach segments that the crop left without a pixel as empty masks, as the original does."""
 
     def __post_init__(self) -> None:
         for name in ("flip_probability", "crop_probability"):
@@ -71,7 +73,7 @@ def augment(sample: Sample, rng: np.random.Generator, config: AugmentConfig) -> 
         sample = resize(sample, int(rng.choice(config.crop_short_sides)), config.crop_long_side, config.interpolation)
         sample = random_crop(sample, rng, config.crop_size)
     sample = resize(sample, int(rng.choice(config.short_sides)), config.long_side, config.interpolation)
-    return drop_empty(sample)
+    return sample if config.keep_empty else drop_empty(sample)
 
 
 def flip(sample: Sample) -> Sample:

@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from maskformer.backbone import FrozenBatchNorm2d, ResNet50, SmallBackbone
+from maskformer.backbone import FrozenBatchNorm2d, ResNet, SmallBackbone, Swin
 from maskformer.config import DEMO, R50, ModelConfig
 from maskformer.model import build_model
 from maskformer.pixel_decoder import PixelDecoder
@@ -78,7 +78,12 @@ def test_every_halving_rounds_up(size: tuple[int, int]) -> None:
         return side if times == 0 else halved(math.ceil(side / 2), times - 1)
 
     with torch.device("meta"):
-        for backbone, halvings in ((ResNet50(), (2, 3, 4, 5)), (SmallBackbone(), (1, 2, 3, 3))):
+        swin = Swin(8, (1, 1, 1, 1), (1, 1, 1, 1), window=4, drop_path=0.0)
+        for backbone, halvings in (
+            (ResNet(50), (2, 3, 4, 5)),
+            (swin, (2, 3, 4, 5)),
+            (SmallBackbone(), (1, 2, 3, 3)),
+        ):
             features = backbone(torch.empty(2, 3, *size))
             assert [tuple(feature.shape) for feature in features] == [
                 (2, channels, *(halved(side, times) for side in size))
@@ -110,7 +115,7 @@ def test_r50_features_are_those_of_torchvision() -> None:
             nn.init.normal_(module.bias)
             nn.init.normal_(module.get_buffer("running_mean"))
             nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
-    backbone = ResNet50()
+    backbone = ResNet(50)
     result = backbone.load_state_dict(reference.state_dict(), strict=False)
     assert result.missing_keys == []
     assert result.unexpected_keys == ["fc.weight", "fc.bias"]
@@ -123,7 +128,7 @@ def test_r50_features_are_those_of_torchvision() -> None:
 
 
 def test_batch_statistics_never_move() -> None:
-    backbone = ResNet50().train()
+    backbone = ResNet(50).train()
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 53
     before = {name: value.clone() for name, value in backbone.named_buffers()}
@@ -198,7 +203,8 @@ def test_pixel_decoder_follows_its_definition(encoder_layers: int) -> None:
 
 
 def test_every_convolution_of_the_pixel_decoder_starts_caffe2_xavier() -> None:
-    decoder = PixelDecoder((64, 96, 128, 160), dataclasses.replace(TINY, hidden_dim=64))
+    config = dataclasses.replace(TINY, hidden_dim=64, initialisation="original")
+    decoder = PixelDecoder((64, 96, 128, 160), config)
     convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 9
     for conv in convolutions:
@@ -206,6 +212,15 @@ def test_every_convolution_of_the_pixel_decoder_starts_caffe2_xavier() -> None:
         assert conv.weight.abs().max() <= bound
         assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert conv.bias is None or not conv.bias.any()
+
+
+def test_mmdetection_leaves_both_res4_convolutions_wider() -> None:
+    decoder = PixelDecoder((256, 512, 1024, 2048), ModelConfig(encoder_layers=0))
+    lateral, output = decoder.get_parameter("laterals.0.0.weight"), decoder.get_parameter("outputs.0.0.weight")
+    assert lateral.shape[1] == 1024
+    assert (lateral.std().item(), output.std().item()) == pytest.approx((0.088, 0.0295), rel=0.01)
+    others = decoder.get_parameter("laterals.1.0.weight"), decoder.get_parameter("outputs.1.0.weight")
+    assert [weight.std().item() for weight in others] == pytest.approx([512**-0.5, (256 * 9) ** -0.5], rel=0.01)
 
 
 # ---- whole model

@@ -44,12 +44,17 @@ def test_each_trainable_parameter_is_in_one_group(config: ModelConfig) -> None:
 def test_every_group_obeys_its_own_leaf_of_the_configuration() -> None:
     model = build_model(DEMO)
     config = OptimizerConfig(
-        lr=2.0, backbone_lr_multiplier=0.25, weight_decay=0.1, norm_weight_decay=0.2, query_weight_decay=0.3
+        lr=2.0,
+        backbone_lr_multiplier=0.25,
+        weight_decay=0.1,
+        norm_weight_decay=0.2,
+        backbone_norm_weight_decay=0.4,
+        query_weight_decay=0.3,
     )
     groups = {group["name"]: group for group in build_optimizer(model, config).param_groups}
     assert {name: (group["lr"], group["initial_lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "backbone": (0.5, 0.5, 0.1),
-        "backbone norms": (0.5, 0.5, 0.2),
+        "backbone norms": (0.5, 0.5, 0.4),
         "heads": (2.0, 2.0, 0.1),
         "head norms": (2.0, 2.0, 0.2),
         "queries": (2.0, 2.0, 0.3),

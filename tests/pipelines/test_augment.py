@@ -1,5 +1,7 @@
 """Augmentation against what it may not change: which class a pixel has, and what a sample's numbers decide."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -112,3 +114,25 @@ def test_segments_without_a_pixel_are_dropped() -> None:
     bottom = drop_empty(sample._replace(image=sample.image[30:], index_map=sample.index_map[30:]))
     assert bottom.classes.tolist() == [2, 9]
     assert set(np.unique(bottom.index_map)) == {1, 2}
+
+
+def test_the_original_keeps_segments_without_a_pixel() -> None:
+    """The same picture with the same draws; only the segments that the crop left behind differ."""
+    cropping = AugmentConfig(
+        short_sides=(20,), crop_short_sides=(60,), crop_size=(20, 20), flip_probability=0.0, crop_probability=1.0
+    )
+    lost = 0
+    for image_id in range(10):
+        kept, dropped = (
+            augment(quarters(), sample_rng(0, 0, image_id), replace(cropping, keep_empty=keep))
+            for keep in (True, False)
+        )
+        lost += len(kept.classes) - len(dropped.classes)
+        np.testing.assert_array_equal(kept.image, dropped.image)
+        np.testing.assert_array_equal(kept.classes, quarters().classes)
+        # The class of every pixel is the same; 0 is void in both.
+        with_kept, with_dropped = (
+            np.concatenate([[-1], sample.classes])[sample.index_map] for sample in (kept, dropped)
+        )
+        np.testing.assert_array_equal(with_kept, with_dropped)
+    assert lost > 0

@@ -1,0 +1,81 @@
+"""What a configuration will really do, in numbers, before anything is started."""
+
+import math
+
+import torch
+
+from maskformer import build_model
+from maskformer.optim import parameter_groups
+from pipelines.config import TrainConfig
+from pipelines.data.order import total_steps
+from pipelines.recipes import PUBLISHED
+
+
+def describe(config: TrainConfig, num_images: int, num_left_out: int, source: str) -> str:
+    """Return a resolved configuration as text: its model, length, schedule and effective optimizer groups.
+
+    Args:
+        num_images: images of the training set that are used.
+        num_left_out: images that are not, for want of a thing.
+        source: where these numbers come from.
+
+    Raises:
+        UserError: the number of workers cannot give the global batch.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model)
+    run, network, augment = config.run, config.model, config.data.augment
+    steps = run.steps or total_steps(run.epochs, num_images, run.global_batch)
+    steps_per_epoch = num_images / run.global_batch
+    low, high = augment.crop_size
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows = [
+        ("recipe", config.recipe),
+        ("published", PUBLISHED.get(config.recipe, "nothing")),
+        ("model", f"{network.backbone}, {sum(sizes):,} parameters, {trainable:,} trainable; "
+                  f"{network.num_classes} classes, {network.num_queries} queries"),
+        ("dropout", f"{network.dropout:g}, but {network.decoder_feedforward_dropout:g} in the decoder's feed-forward "
+                    f"layers; drop path {network.drop_path:g}"),
+        ("weights", config.weights),
+        ("precision", f"{config.precision} on GPUs, float32 on CPUs"),
+        ("images", f"{num_images:,} ({num_left_out:,} left out without a thing) of {source}"),
+        ("batch", f"{config.plan} accumulated"),
+        ("length", f"{steps:,} steps = {steps / steps_per_epoch:,.2f} epochs: {steps * run.global_batch:,} images"),
+        ("augment", f"flip {augment.flip_probability:g}; short side {_range(augment.short_sides)}, "
+                    f"long side <= {augment.long_side}; {augment.interpolation}"),
+        ("crop", f"{augment.crop_probability:g} of the time: short side {_range(augment.crop_short_sides)}, long side "
+                 f"<= {augment.crop_long_side or 'any'}, height and width cut to {low}..{high}; "
+                 f"segments without a pixel are {'kept' if augment.keep_empty else 'dropped'}"),
+        ("loss weights", f"classification {config.loss.classification_weight:g}, focal {config.loss.focal_weight:g}, "
+                         f"dice {config.loss.dice_weight:g}, no object {config.loss.no_object_weight:g}"),
+        ("schedule", _schedule(config, steps, steps_per_epoch)),
+        ("optimizer", f"AdamW, betas {config.optimizer.betas}, eps {config.optimizer.eps:g}, "
+                      f"gradients clipped at {config.optimizer.clip_norm:g}"),
+    ]  # fmt: skip
+    lines = [f"{name:<14}{value}" for name, value in rows]
+    lines += ["", f"{'group':<18}{'tensors':>8}{'parameters':>14}{'lr':>10}{'decay':>10}"]
+    for group in parameter_groups(model, config.optimizer):
+        count = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['name']:<18}{len(group['params']):>8}{count:>14,}{group['lr']:>10.3g}{group['weight_decay']:>10.3g}"
+        )
+    return "\n".join(lines)
+
+
+def _range(values: tuple[int, ...]) -> str:
+    return f"{values[0]}..{values[-1]}" if len(values) > 3 else ", ".join(map(str, values))
+
+
+def _schedule(config: TrainConfig, steps: int, steps_per_epoch: float) -> str:
+    schedule = config.schedule
+    warmup = f"linear over {schedule.warmup_steps:,} steps from x{schedule.warmup_start_factor:g}; "
+    if schedule.kind == "cosine":
+        rest = "cosine to zero"
+    else:
+        falls = [(epoch, math.ceil(epoch * steps_per_epoch - 1e-6)) for epoch in schedule.milestone_epochs]
+        rest = "; ".join(
+            f"x0.1 from step {step:,} (epoch {epoch:.4g})" + (", beyond the end" if step >= steps else "")
+            for epoch, step in falls
+        )
+    return (warmup if schedule.warmup_steps else "no warm-up; ") + (rest or "constant")
