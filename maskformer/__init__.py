@@ -18,7 +18,7 @@ from maskformer.inference import Segmenter
 from maskformer.matcher import match
 from maskformer.model import MaskFormer, MaskFormerOutput, build_model
 from maskformer.panoptic_quality import PanopticQuality
-from maskformer.postprocess import panoptic
+from maskformer.postprocess import instances, panoptic, semantic
 from maskformer.targets import Targets
 from maskformer.taxonomy import Taxonomy
 
@@ -42,8 +42,10 @@ __all__ = [
     "Taxonomy",
     "build_model",
     "compute_losses",
+    "instances",
     "match",
     "panoptic",
+    "semantic",
     "taxonomy",
     "weights",
 ]

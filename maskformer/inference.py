@@ -1,7 +1,10 @@
-"""From an image to its panoptic segmentation: resize, normalise, forward, fuse.
+"""From an image to its panoptic, semantic or instance segmentation: resize, normalise, forward, post-process.
 
-One image at a time and without padding, as the published results were made. H W is the original image.
+One image at a time and without padding, as the published results were made. H W is the original image, h w
+the resized one, h4 w4 the map of the mask logits; Q queries, K1 classes and no-object.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv  # pyright: ignore[report
 
 from maskformer.config import PanopticConfig
 from maskformer.model import MaskFormer
-from maskformer.postprocess import panoptic
+from maskformer.postprocess import Size, instances, panoptic, semantic
 from maskformer.taxonomy import Taxonomy
 
 
@@ -43,7 +46,7 @@ def normalise(
 
 
 class Segmenter:
-    """A model in evaluation mode with all that turns its output into COCO's panoptic result."""
+    """A model in evaluation mode with all that turns its output into results at the size of the image."""
 
     def __init__(
         self,
@@ -60,21 +63,34 @@ class Segmenter:
 
     def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, object]]]:
         """Segment an RGB image; return segment ids at its own size, 0 for void, and `segments_info`."""
-        original = (image.shape[0], image.shape[1])
-        shape = resized_shape(*original, self.short_side, self.long_side)
-        return self.segment_resized(resize_image(image, shape), original)
+        return self.segment_resized(self._resize(image), (image.shape[0], image.shape[1]))
 
-    @torch.inference_mode()
     def segment_resized(
         self, image: UInt8[np.ndarray, "h w 3"], original: tuple[int, int]
     ) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, object]]]:
         """Segment an image that was resized already; the result has the size `original`."""
+        ids, segments = panoptic(*self._forward(image, original), self.config, self.taxonomy)
+        return np.asarray(ids), segments
+
+    def semantic(self, image: UInt8[np.ndarray, "H W 3"]) -> Int32[np.ndarray, "H W"]:
+        """Return the class index of each pixel of an RGB image; `taxonomy` names them, and none is void."""
+        return semantic(*self._forward(self._resize(image), (image.shape[0], image.shape[1])))
+
+    def instances(self, image: UInt8[np.ndarray, "H W 3"]) -> list[dict[str, Any]]:
+        """Return the things of an RGB image as COCO instance results without `image_id`, the surest first."""
+        return instances(*self._forward(self._resize(image), (image.shape[0], image.shape[1])), self.taxonomy)
+
+    def _resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        return resize_image(image, resized_shape(image.shape[0], image.shape[1], self.short_side, self.long_side))
+
+    @torch.inference_mode()
+    def _forward(
+        self, image: UInt8[np.ndarray, "h w 3"], original: Size
+    ) -> tuple[Float[Tensor, "Q K1"], Float[Tensor, "Q h4 w4"], tuple[Size, Size, Size]]:
+        """Run the network on a resized image; return the last layer's logits and the sizes post-processing needs."""
         network = self.model.config
         device = next(self.model.parameters()).device
         pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].to(device)
         output = self.model(normalise(pixels, network.pixel_mean, network.pixel_std), None)
         shape = (image.shape[0], image.shape[1])
-        ids, segments = panoptic(
-            output.class_logits[-1, 0], output.mask_logits[-1, 0], (shape, shape, original), self.config, self.taxonomy
-        )
-        return np.asarray(ids), segments
+        return output.class_logits[-1, 0], output.mask_logits[-1, 0], (shape, shape, original)
