@@ -188,6 +188,13 @@ class SavedModel:
     weights: dict[str, Tensor]
     config: TrainConfig
     taxonomy: Taxonomy
+    folder: str = ""
+    """What is made of the model goes here: the folder of its run, or one beside a file; none for a model in memory."""
+
+
+def is_ours(place: Location) -> bool:
+    """Tell whether this is the folder of a run or of one of its checkpoints."""
+    return bool(_FOLDER.match(place.name)) or (place / "checkpoints").exists()
 
 
 def load_model(place_of: Location) -> SavedModel:
@@ -214,6 +221,7 @@ def load_model(place_of: Location) -> SavedModel:
             weights=safetensors.torch.load(data["model.safetensors"]),
             config=from_dict(TrainConfig, saved["config"]),
             taxonomy=Taxonomy.from_coco(saved["categories"]),
+            folder=str(place).rpartition("/checkpoints/")[0] or str(place),
         )
     raise UserError(
         f"No checkpoint can be read from {place_of}: {' '.join(problems) or 'it has no checkpoints/step_* folder.'} "

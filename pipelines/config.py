@@ -147,7 +147,8 @@ class TrainConfig:
     recipe: str
     """The name of the recipe that this configuration started from."""
     weights: str = "imagenet"
-    """The backbone's first weights: `imagenet` (from torch hub's cache), a path, or `none` for random ones."""
+    """What training starts from: `imagenet` (the backbone, from torch hub's cache); a path or URI of a backbone, of a
+    whole model of mmdetection, detectron2 or Hugging Face, or of a run; or `none` for random weights."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the network on a GPU (autocast); matching, losses and everything on a CPU are float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -179,11 +180,13 @@ class PublishConfig:
     """What to evaluate, on what, and what becomes of it."""
 
     checkpoint: str
-    """A run's folder (<storage>/<run name>) for its newest checkpoint, or one of its checkpoints/step_* folders."""
+    """A run's folder (<storage>/<run name>) for its newest checkpoint, one of its checkpoints/step_* folders, or a
+    checkpoint of mmdetection, detectron2 or Hugging Face; a path or URI."""
     data: str
     """Pack to evaluate on, made by prepare_data.py."""
     output: str = ""
-    """Folder for the predictions. Default: evaluation/<step>-<name of data> in the run's folder."""
+    """Folder for the predictions. Default: evaluation/<step>-<name of data> in the run's folder, or in one beside a
+    file."""
     score_threshold: float | None = None
     """Default: the checkpoint's own."""
     overlap_threshold: float | None = None

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from maskformer import PanopticConfig
 from pipelines import cluster, registry, tracking
-from pipelines.checkpoint import load_model
 from pipelines.config import PublishConfig, to_dict, tracking_uri
+from pipelines.data.stream import open_pack
 from pipelines.evaluation import EvaluationResult, evaluate
+from pipelines.pretrained import open_model
 from pipelines.storage import locate
 
 
@@ -29,8 +30,8 @@ def publish(config: PublishConfig) -> Published:
     Raises:
         UserError: checkpoint, data, output or MLflow cannot be used.
     """
-    saved = load_model(locate(config.checkpoint))
-    folder = locate(saved.uri.rpartition("/checkpoints/")[0] or saved.uri)
+    saved = open_model(config.checkpoint, open_pack(config.data).taxonomy)
+    folder = locate(saved.folder)
     uri = tracking_uri(config.tracking_uri or saved.config.tracking.uri, saved.config.run.storage)
     tracking.check(uri)
     panoptic = PanopticConfig(

@@ -1,64 +1,35 @@
-"""The backbone's first weights: torchvision's ImageNet checkpoint, from torch hub's cache or a file.
+"""The tensor names of ImageNet classifiers whose backbones are ours.
 
-Nothing is downloaded here, and reading a file never executes code from it.
+Sources: torchvision's models, the official Swin (models/swin_transformer.py of microsoft/Swin-Transformer) and timm's,
+which from 0.9 on merges patches at the start of a stage instead of at the end of the one before.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-from torchvision.models import ResNet50_Weights  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
-
-from maskformer.model import MaskFormer
-
-_URLS = {"resnet50": ResNet50_Weights.IMAGENET1K_V1.url}
-"""What mmdetection names `torchvision://resnet50`."""
+from maskformer.weights.names import Layout, Row
 
 
-def load_backbone(model: MaskFormer, weights: str) -> None:
-    """Load ImageNet weights into `model.backbone`.
+def swin_rows(prefix: str, merging_ends_stage: bool) -> Iterator[Row]:
+    """Yield the names of the official Swin; in the original MaskFormer they have a prefix."""
+    yield Row("backbone.features.0.0", f"{prefix}patch_embed.proj")
+    yield Row("backbone.features.0.2", f"{prefix}patch_embed.norm")
+    for stage in range(4):
+        own, foreign = f"backbone.features.{2 * stage + 1}.{{}}", f"{prefix}layers.{stage}.blocks.{{}}"
+        for name in ("norm1", "attn.qkv", "attn.proj", "attn.relative_position_bias_table", "norm2"):
+            yield Row(f"{own}.{name}", f"{foreign}.{name}")
+        yield Row(f"{own}.mlp.0", f"{foreign}.mlp.fc1")
+        yield Row(f"{own}.mlp.3", f"{foreign}.mlp.fc2")
+    for stage in range(3):
+        own = f"backbone.features.{2 * stage + 2}"
+        foreign = f"{prefix}layers.{stage if merging_ends_stage else stage + 1}.downsample"
+        yield Row(f"{own}.norm", f"{foreign}.norm")
+        yield Row(f"{own}.reduction", f"{foreign}.reduction")
 
-    Args:
-        weights: `imagenet` for torch hub's cache, or the path of a state dict with torchvision's names.
 
-    Raises:
-        ValueError: there is no such file, it is not a state dict, or it does not fit the backbone.
-    """
-    name = model.config.backbone
-    if name not in _URLS:
-        raise ValueError(
-            f"There are no ImageNet weights for the backbone {name!r}. Use --weights none to start from random ones."
-        )
-    if "://" in weights:
-        raise ValueError(
-            f"Weights are read from a file, got the URI {weights}. Copy it to a path that every worker sees, and give "
-            f"that with --weights PATH."
-        )
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_URLS[name]).name
-    path = cached if weights == "imagenet" else Path(weights)
-    if not path.is_file():
-        raise ValueError(
-            f"The ImageNet weights of {name} are not at {path}. Fetch {_URLS[name]} and put it there, name another "
-            f"file with --weights PATH, or start from random weights with --weights none."
-        )
-    try:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}). Give a state dict saved by torch.save, such "
-            f"as {_URLS[name]}."
-        ) from error
-    # The classifier is ImageNet's own. The counter of batches is not a weight, and frozen norms do not count.
-    used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
-    own = {k: v for k, v in model.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
-    wrong = sorted(used.keys() ^ own.keys()) + [
-        f"{k} {tuple(used[k].shape)}, not {tuple(own[k].shape)}"
-        for k in used.keys() & own.keys()
-        if used[k].shape != own[k].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the backbone {name}: {len(wrong)} tensors differ, first {wrong[0]}. "
-            f"Give torchvision's weights of {name}."
-        )
-    model.backbone.load_state_dict(used, strict=False)
+TORCHVISION = Layout(
+    "torchvision",
+    [Row(f"backbone.{name}", name) for name in ("conv1.*", "bn1.*", "layer{}.*", "features.*")],
+    leftovers=r"^(fc|norm|head)\.",
+)
+SWIN = Layout("Swin", list(swin_rows("", merging_ends_stage=True)), leftovers=r"^(norm|head)\.")
+TIMM = Layout("timm", list(swin_rows("", merging_ends_stage=False)), leftovers=r"^(norm|head)\.")

@@ -8,11 +8,12 @@ from typing import Any
 from maskformer import PanopticConfig, PanopticQuality
 from maskformer.panoptic_quality import PanopticResult
 from pipelines import cluster
-from pipelines.checkpoint import SavedModel, load_model
+from pipelines.checkpoint import SavedModel
 from pipelines.config import EvaluationConfig
 from pipelines.data.stream import PackedSet, open_pack
 from pipelines.errors import UserError
 from pipelines.evaluation.predict import predict
+from pipelines.pretrained import open_model
 from pipelines.progress import progress
 from pipelines.storage import Location, locate
 
@@ -57,7 +58,7 @@ def evaluate(
     """Segment every image of the pack `data` exactly once, at its original size, and score it.
 
     Args:
-        checkpoint: a run's folder, one of its checkpoints, or a model in memory.
+        checkpoint: a run's folder, one of its checkpoints, a checkpoint of another program, or a model in memory.
         output: folder for the predictions; an earlier evaluation there is replaced.
         panoptic: thresholds; the checkpoint's own if None.
         shown: sizes at which images are shown to the model; the checkpoint's own if None.
@@ -65,8 +66,8 @@ def evaluate(
     Raises:
         UserError: checkpoint or data cannot be read or do not belong together, or `output` holds other files.
     """
-    saved = checkpoint if isinstance(checkpoint, SavedModel) else load_model(locate(checkpoint))
     samples = open_pack(data)
+    saved = checkpoint if isinstance(checkpoint, SavedModel) else open_model(checkpoint, samples.taxonomy)
     if samples.taxonomy != saved.taxonomy:
         raise UserError(
             f"The checkpoint {saved.uri} knows {saved.taxonomy.num_classes} categories, and they are not the "

@@ -11,9 +11,8 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from maskformer import build_model
-from maskformer.weights.imagenet import load_backbone
-from pipelines import checkpoint, cluster, tracking
+from maskformer import Taxonomy, build_model
+from pipelines import checkpoint, cluster, pretrained, tracking
 from pipelines.config import TrainConfig, differing_leaves, resolve, to_dict
 from pipelines.data.order import total_steps
 from pipelines.data.stream import PackedSet, open_pack
@@ -56,7 +55,7 @@ def fit(config: TrainConfig) -> TrainResult:
     tracking.check(config.tracking.uri)
     steps = config.run.steps or total_steps(config.run.epochs, len(samples), config.run.global_batch)
     run = locate(config.run.storage) / config.run.name
-    _check_weights(config, run)
+    _check_weights(config, run, samples.taxonomy)
     record = {"config": to_dict(config), "data_hash": samples.data_hash, "total_steps": steps}
     earlier = _earlier_record(run, record)
     logger.info(
@@ -189,14 +188,10 @@ def _check_writable(storage: Location) -> None:
     probe.delete()
 
 
-def _check_weights(config: TrainConfig, run: Location) -> None:
+def _check_weights(config: TrainConfig, run: Location, taxonomy: Taxonomy) -> None:
     """Find out now whether the workers of a new run will be able to load its first weights."""
-    if config.weights == "none" or checkpoint.steps_saved(run):
-        return
-    try:
-        load_backbone(build_model(config.model), config.weights)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if config.weights != "none" and not checkpoint.steps_saved(run):
+        logger.info("%s", pretrained.start(build_model(config.model), config.weights, taxonomy))
 
 
 def _require_device(config: TrainConfig) -> None:

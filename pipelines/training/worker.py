@@ -23,11 +23,10 @@ from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn.parallel import DistributedDataParallel
 
-from maskformer import build_model, compute_losses
+from maskformer import Taxonomy, build_model, compute_losses
 from maskformer.matcher import NonFiniteLogits
 from maskformer.optim import build_optimizer, learning_rate_factor
-from maskformer.weights.imagenet import load_backbone
-from pipelines import checkpoint
+from pipelines import checkpoint, pretrained
 from pipelines.config import TrainConfig, from_dict
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.stream import open_pack, training_batches
@@ -59,7 +58,11 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
 
     samples = open_pack(config.data.train, config.data.require_thing)
     steps_per_epoch = len(samples) / config.run.global_batch
-    model, optimizer, first_step = _restore(config, run, rank, device)
+    try:
+        model, optimizer, first_step = _restore(config, run, rank, device, samples.taxonomy)
+    except UserError as error:  # such as weights that the driver could read and this node cannot
+        ray.get(control.declare_fatal.remote(str(error)))
+        raise
     pids = [0] * config.plan.workers
     dist.all_gather_object(pids, os.getpid())
     if rank == 0:
@@ -177,7 +180,7 @@ def _autocast(config: TrainConfig, device: torch.device) -> bool:
 
 
 def _restore(
-    config: TrainConfig, run: Location, rank: int, device: torch.device
+    config: TrainConfig, run: Location, rank: int, device: torch.device, taxonomy: Taxonomy
 ) -> tuple[DistributedDataParallel, torch.optim.Optimizer, int]:
     """Build model and optimizer, and load the newest checkpoint that verifies: rank 0 chooses, all follow."""
     state = checkpoint.newest(run) if rank == 0 else None
@@ -189,7 +192,7 @@ def _restore(
     torch.manual_seed(config.run.seed)
     network = build_model(config.model)
     if state is None and config.weights != "none" and rank == 0:  # DDP hands them to the others
-        load_backbone(network, config.weights)
+        pretrained.start(network, config.weights, taxonomy)
     network.to(device).train()
     model = DistributedDataParallel(
         network, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False

@@ -16,8 +16,8 @@ def flag(name: str, value: Any) -> list[str]:
 
 
 def flags(config: TrainConfig, recipe: TrainConfig) -> list[str]:
-    """Return the arguments that turn `recipe` into `config`."""
-    return _flags(config, recipe, "")
+    """Return the arguments that turn `recipe` into `config`; it keeps the recipe's name."""
+    return _flags(dataclasses.replace(config, recipe=recipe.recipe), recipe, "")
 
 
 def _flags(config: Any, recipe: Any, prefix: str) -> list[str]:

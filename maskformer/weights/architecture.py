@@ -1,0 +1,93 @@
+"""Which code wrote a file and which network is in it, from the names and shapes of its tensors."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from maskformer.config import R50, R101, SWIN_B, SWIN_L, SWIN_S, SWIN_T, ModelConfig
+from maskformer.weights.description import model_fields
+from maskformer.weights.detectron2 import DETECTRON2, DETECTRON2_BACKBONE
+from maskformer.weights.huggingface import HUGGINGFACE
+from maskformer.weights.imagenet import SWIN, TIMM, TORCHVISION
+from maskformer.weights.mmdet import MMDET_2, MMDET_3
+from maskformer.weights.names import Layout, Renamed, Row
+from maskformer.weights.reading import Source, Weights, read
+
+_PARTS = ("backbone", "pixel_decoder", "query_embedding", "transformer_decoder", "class_head", "mask_head")
+OWN = Layout("own", [Row(f"{part}.*", f"{part}.*") for part in _PARTS])
+LAYOUTS = (MMDET_3, MMDET_2, DETECTRON2, HUGGINGFACE, TORCHVISION, SWIN, TIMM, DETECTRON2_BACKBONE, OWN)
+
+_SWINS = {(96, 6): SWIN_T, (96, 18): SWIN_S, (128, 18): SWIN_B, (192, 18): SWIN_L}
+"""Channels of the first stage, blocks of the third."""
+
+
+def recognise(weights: Weights) -> Layout:
+    """Return the layout that knows most of the names.
+
+    Raises:
+        ValueError: none knows any.
+    """
+    counts = [sum(map(layout.knows, weights.tensors)) for layout in LAYOUTS]
+    if not any(counts):
+        raise ValueError(
+            f"{weights.source} has no tensor of a MaskFormer or of its backbones; its names begin with "
+            f"{', '.join(list(weights.tensors)[:3])}. Give weights of mmdetection, detectron2, Hugging Face, "
+            f"torchvision, Swin or ours."
+        )
+    return LAYOUTS[counts.index(max(counts))]
+
+
+def detect(source: Source) -> ModelConfig:
+    """Return the configuration of the model in a file: its backbone, sizes and numbers of layers.
+
+    What leaves no trace in tensors is as the file states it, or else as published: 8 heads, dropout, and so on.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a whole MaskFormer of a known shape.
+    """
+    weights = read(source)
+    stated = model_fields(weights)
+    if "backbone" in stated:
+        return ModelConfig(**stated)
+    renamed = recognise(weights).to_own(weights.tensors, weights.source)
+    try:
+        num_queries, hidden_dim = renamed.tensors["query_embedding.weight"].shape
+        return dataclasses.replace(
+            _with_backbone(renamed, weights.source),
+            num_classes=len(renamed.tensors["class_head.bias"]) - 1,
+            num_queries=num_queries,
+            hidden_dim=hidden_dim,
+            feedforward_dim=len(renamed.tensors["transformer_decoder.layers.0.feedforward.0.bias"]),
+            encoder_layers=_count(renamed.tensors, r"pixel_decoder\.encoder\.(\d+)\."),
+            decoder_layers=_count(renamed.tensors, r"transformer_decoder\.layers\.(\d+)\."),
+            **stated,
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{weights.source} is not a whole MaskFormer: it has no {error.args[0]}. Give the checkpoint of a whole "
+            f"model; that of a backbone alone is for the start of a training."
+        ) from None
+
+
+def _with_backbone(renamed: Renamed, source: str) -> ModelConfig:
+    tensors = renamed.tensors
+    if "backbone.conv1.weight" in tensors:
+        found = _count(tensors, r"backbone\.layer3\.(\d+)\.")
+        known = {6: R50, 23: R101}.get(found)
+        what = f"a ResNet with {found} blocks in its third stage"
+    elif "backbone.features.0.0.weight" in tensors:
+        shape = len(tensors["backbone.features.0.0.weight"]), _count(tensors, r"backbone\.features\.5\.(\d+)\.")
+        known = _SWINS.get(shape)
+        what = f"a Swin with {shape[0]} channels and {shape[1]} blocks in its third stage"
+    else:
+        known, what = None, "one whose number of attention heads is not in the file"
+    if known is None:
+        raise ValueError(
+            f"The backbone in {source} cannot be told from its tensors: it is {what}. Known are resnet50, resnet101, "
+            f"swin_t, swin_s, swin_b and swin_l, and any in our own format."
+        )
+    return known
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)

@@ -1,0 +1,67 @@
+"""The class head of a file for the classes of another data set: rows are moved by name."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskformer.taxonomy import COCO, Taxonomy
+from maskformer.weights.description import class_names
+from maskformer.weights.reading import Weights
+
+HEAD = ("class_head.weight", "class_head.bias")
+
+
+@dataclass(frozen=True)
+class MovedClasses:
+    """The class head for a taxonomy."""
+
+    head: dict[str, Tensor]
+    found: tuple[str, ...]
+    """The taxonomy's classes that the file knows."""
+    new: tuple[str, ...]
+    """Those it does not know; their rows are random."""
+
+
+def move_classes(weights: Weights, head: dict[str, Tensor], taxonomy: Taxonomy) -> MovedClasses | None:
+    """Fit the class head of a file to a taxonomy; None if it is that of the same classes already.
+
+    The row of "no object" is kept. A file without names has COCO's classes if it has as many as COCO.
+
+    Raises:
+        ValueError: nothing is known about the file's classes and they are not as many.
+    """
+    weight, bias = (head[name] for name in HEAD)
+    num_classes = len(bias) - 1
+    names = class_names(weights)
+    if names is None or len(names) != num_classes:
+        if num_classes == COCO.num_classes:
+            names = COCO.names
+        elif num_classes == taxonomy.num_classes:
+            return None
+        else:
+            raise ValueError(
+                f"{weights.source} was trained on other classes: its class head has {num_classes}, without names, the "
+                f"data set has {taxonomy.num_classes}. Give a file that names its classes, or a backbone."
+            )
+    if names == taxonomy.names:
+        return None
+    place = {name: index for index, name in enumerate(names)}
+    rows = [place.get(name, -1) for name in taxonomy.names]
+    known = torch.tensor([row >= 0 for row in rows] + [True])
+    taken = torch.tensor([*rows, num_classes])
+    # As nn.Linear begins, and the same on every machine.
+    bound = weight.shape[1] ** -0.5
+    generator = torch.Generator().manual_seed(0)
+    moved: dict[str, Tensor] = {}
+    for name, tensor in zip(HEAD, (weight, bias), strict=True):
+        fresh = torch.empty(len(taken), *tensor.shape[1:], dtype=tensor.dtype)
+        fresh.uniform_(-bound, bound, generator=generator)
+        fresh[known] = tensor[taken[known]]
+        moved[name] = fresh
+    by_name = dict(zip(taxonomy.names, rows, strict=True))
+    return MovedClasses(
+        moved,
+        tuple(name for name, row in by_name.items() if row >= 0),
+        tuple(name for name, row in by_name.items() if row < 0),
+    )

@@ -1,0 +1,66 @@
+"""The weights that a training starts from: the published ImageNet ones, or those of any file.
+
+Nothing is downloaded here.
+"""
+
+from pathlib import Path
+
+import torch
+from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+    ResNet50_Weights,
+    ResNet101_Weights,
+)
+
+from maskformer.model import MaskFormer
+from maskformer.taxonomy import Taxonomy
+from maskformer.weights.loading import LoadReport, in_classifier, load
+from maskformer.weights.reading import Source
+
+_SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+_URLS = {
+    "resnet50": ResNet50_Weights.IMAGENET1K_V1.url,  # what mmdetection names torchvision://resnet50
+    "resnet101": ResNet101_Weights.IMAGENET1K_V1.url,
+    "swin_t": _SWIN + "swin_tiny_patch4_window7_224.pth",
+    "swin_s": _SWIN + "swin_small_patch4_window7_224.pth",
+    "swin_b": _SWIN + "swin_base_patch4_window12_384_22k.pth",
+    "swin_l": _SWIN + "swin_large_patch4_window12_384_22k.pth",
+}
+"""What the published models started from."""
+
+
+def initial_weights(model: MaskFormer, weights: Source, taxonomy: Taxonomy | None = None) -> LoadReport:
+    """Load a whole MaskFormer or a backbone, of any format that `load` knows, into `model`.
+
+    Args:
+        weights: as for `load`, or `imagenet` for torch hub's cache of the published backbone.
+        taxonomy: the classes of the data set, as for `load`.
+
+    Raises:
+        ValueError: as for `load`, or the backbone is not whole, or torch hub's cache does not have it.
+    """
+    source = _imagenet(model.config.backbone) if weights == "imagenet" else weights
+    state, report = load(source, model.config, taxonomy)
+    absent = [name for name in report.missing if in_classifier(name)]
+    if absent:
+        raise ValueError(
+            f"{report.source} does not fit the backbone {model.config.backbone}: it lacks {len(absent)} tensors, first "
+            f"{absent[0]}. Give weights of {model.config.backbone}."
+        )
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _imagenet(backbone: str) -> Path:
+    if backbone not in _URLS:
+        raise ValueError(
+            f"There are no ImageNet weights for the backbone {backbone!r}. Use --weights none to start from random "
+            f"ones."
+        )
+    url = _URLS[backbone]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        raise ValueError(
+            f"The ImageNet weights of {backbone} are not at {path}. Fetch {url} and put it there, name another file "
+            f"with --weights PATH, or start from random weights with --weights none."
+        )
+    return path

@@ -1,0 +1,172 @@
+"""From a file of any known format to a state dict of ours, with a report of what was done."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskformer.config import ModelConfig
+from maskformer.model import build_model
+from maskformer.taxonomy import Taxonomy
+from maskformer.weights.architecture import recognise
+from maskformer.weights.classes import HEAD, move_classes
+from maskformer.weights.description import model_fields
+from maskformer.weights.names import Renamed
+from maskformer.weights.reading import Source, Weights, read
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a file."""
+
+    source: str
+    format: str
+    missing: tuple[str, ...]
+    """Ours that the file does not have."""
+    unused: tuple[str, ...]
+    """The file's that are not in the model, such as a classifier or constants."""
+    reshaped: tuple[str, ...]
+    """Ours whose values were stacked, permuted, cast to float32, or moved to other classes."""
+    classes_found: tuple[str, ...] = ()
+    """If classes were moved: those of the data set that the file has."""
+    classes_new: tuple[str, ...] = ()
+    """If classes were moved: those that it does not have, which start from random weights."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.format}"]
+        lines += [
+            f"  {what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (
+                ("missing", self.missing),
+                ("unused", self.unused),
+                ("re-shaped", self.reshaped),
+                ("classes found by name", self.classes_found),
+                ("classes that start anew", self.classes_new),
+            )
+            if names
+        ]
+        return "\n".join(lines)
+
+    def require_complete(self) -> None:
+        """Raise ValueError if the model is not whole, which evaluation and conversion need."""
+        if self.missing:
+            raise ValueError(
+                f"{self.source} is not a whole model: it lacks {len(self.missing)} tensors, first {self.missing[0]}. "
+                f"Give a checkpoint of the whole MaskFormer."
+            )
+
+
+def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) -> tuple[dict[str, Tensor], LoadReport]:
+    """Read weights of any known format for a model of `config`.
+
+    Args:
+        source: mmdetection's (2.x, 3.x), detectron2's, Hugging Face's or our own checkpoint, or a backbone of
+            torchvision, Swin, timm or detectron2; a path, an open file, a state dict, or what `read` returned.
+        taxonomy: the classes of the data set. If the file has others, its class head is fitted to them by name.
+
+    Returns:
+        the state dict, in float32, and a report. A backbone alone gives names under `backbone.` only.
+
+    Raises:
+        ValueError: the file cannot be read, holds another network or other classes, or has NaN or infinity.
+    """
+    if taxonomy is not None and taxonomy.num_classes != config.num_classes:
+        raise ValueError(
+            f"The model has {config.num_classes} classes, the taxonomy {taxonomy.num_classes}. Set model.num_classes "
+            f"to that of the data set."
+        )
+    weights = read(source)
+    layout = recognise(weights)
+    renamed = layout.to_own(weights.tensors, weights.source)
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    heads = model_fields(weights).get("num_heads", config.num_heads)
+    if heads != config.num_heads:
+        raise ValueError(
+            f"{weights.source} has {heads} attention heads, the configuration {config.num_heads}, which gives other "
+            f"results with the same tensors. Set model.num_heads to {heads}."
+        )
+    moved = None
+    if taxonomy is not None and all(name in renamed.tensors for name in HEAD):
+        moved = move_classes(weights, renamed.tensors, taxonomy)
+        if moved is not None:
+            renamed = replace(renamed, tensors={**renamed.tensors, **moved.head})
+    _check_names(weights, renamed, expected, config)
+    state, cast = _checked(weights, renamed, expected)
+    for name in expected:
+        # Frozen batch norms do not count, and detectron2's have no counter.
+        if name.endswith("num_batches_tracked") and name.replace("num_batches_tracked", "running_var") in state:
+            state.setdefault(name, torch.tensor(0))
+    reshaped = {*renamed.changed, *cast, *(moved.head if moved else ())}
+    report = LoadReport(
+        weights.source,
+        layout.name,
+        missing=tuple(name for name in expected if name not in state),
+        unused=(*renamed.leftovers, *renamed.unknown),
+        reshaped=tuple(name for name in expected if name in reshaped),
+        classes_found=moved.found if moved else (),
+        classes_new=moved.new if moved else (),
+    )
+    return {name: state[name] for name in expected if name in state}, report
+
+
+def in_classifier(name: str) -> bool:
+    """Tell whether a classifier with our backbone has this tensor too; the norms of Swin's outputs came later."""
+    return name.startswith("backbone.") and not name.startswith("backbone.norms.")
+
+
+def _check_names(weights: Weights, renamed: Renamed, expected: Mapping[str, Tensor], config: ModelConfig) -> None:
+    foreign = [name for name in renamed.tensors if name not in expected]
+    if foreign:
+        raise ValueError(
+            f"{weights.source} holds another network than the configuration says (backbone {config.backbone}, "
+            f"encoder_layers {config.encoder_layers}, decoder_layers {config.decoder_layers}): {len(foreign)} of its "
+            f"tensors have no place, first {renamed.foreign[foreign[0]]}. Set the configuration to the file's; "
+            f"maskformer.weights.detect tells it."
+        )
+    backbone_only = all(name.startswith("backbone.") for name in renamed.tensors)
+    missing = [
+        name
+        for name in expected
+        if name not in renamed.tensors
+        and not name.endswith("num_batches_tracked")
+        and (in_classifier(name) or not backbone_only)
+    ]
+    if missing and renamed.unknown:
+        raise ValueError(
+            f"{weights.source} is of another architecture: it lacks {len(missing)} tensors of the model, first "
+            f"{missing[0]}, and {len(renamed.unknown)} of its own are unknown, first {renamed.unknown[0]}. Give the "
+            f"checkpoint of a MaskFormer."
+        )
+
+
+def _checked(
+    weights: Weights, renamed: Renamed, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """Return the tensors in the model's data types, and which of them were cast."""
+    state: dict[str, Tensor] = {}
+    cast: list[str] = []
+    for name, tensor in renamed.tensors.items():
+        shape, foreign = tuple(expected[name].shape), renamed.foreign[name]
+        if tuple(tensor.shape) != shape:
+            advice = "Set the configuration to the file's; maskformer.weights.detect tells it."
+            if name in HEAD:
+                advice = (
+                    "The file has other classes than the model: give the taxonomy of the data set to fit them by "
+                    "name, or set model.num_classes to the file's."
+                )
+            raise ValueError(
+                f"{weights.source} does not fit the model: its tensor {foreign} has the shape {tuple(tensor.shape)} "
+                f"where {name} has {shape}. {advice}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{weights.source} is not used: its tensor {foreign} holds NaN or infinity, so the training that wrote "
+                f"it had diverged. Give an earlier checkpoint."
+            )
+        if tensor.dtype != expected[name].dtype:
+            tensor = tensor.to(expected[name].dtype)
+            cast.append(name)
+        state[name] = tensor
+    return state, cast

@@ -1,0 +1,184 @@
+"""Read a checkpoint of any format, told by its content, without running code from it."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from maskformer.weights.pickles import RefusedError, load_pickle, load_torch
+
+_ZIP = b"PK\x03\x04"
+_OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, pickled
+_LARGEST_HEADER = 100_000_000  # of a safetensors file, by its definition
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What a folder of ours or of Hugging Face's has; an index lists the files that a large model is split into."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file by the names of whoever wrote them, and what the file says about them."""
+
+    source: str
+    """The file, for messages."""
+    tensors: dict[str, Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """`config.json` beside the file or our metadata in it, or the `meta` of OpenMMLab's files."""
+
+
+Source = str | Path | BinaryIO | Mapping[str, Tensor] | Weights
+"""A path, an open file (whose `name` goes into messages), a state dict, or what `read` returned."""
+
+
+def read(source: Source) -> Weights:
+    """Read tensors by name from `torch.save`, a detectron2 pickle, safetensors, or a folder with `config.json`.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, of no known format, holds more than data, or is a URI.
+    """
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, Mapping):
+        return Weights("The state dict", dict(source))
+    if not isinstance(source, str | Path):
+        return _read_file(source, str(getattr(source, "name", "The file")))
+    if "://" in str(source):
+        raise ValueError(f"Weights are read from a file here, got the URI {source}. Give an open file of its content.")
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        with path.open("rb") as file:
+            weights = _read_file(file, str(path))
+        if path.name in _FOLDER_FILES and (path.parent / "config.json").is_file():
+            return Weights(weights.source, weights.tensors, _read_json(path.parent / "config.json"))
+        return weights
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}. Give the path of a checkpoint.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Give a checkpoint that can be.") from error
+
+
+def _read_folder(folder: Path) -> Weights:
+    name = next((name for name in _FOLDER_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise ValueError(
+            f"The folder {folder} holds no checkpoint: it has none of {', '.join(_FOLDER_FILES)}. Give a folder as "
+            f"save_pretrained writes it, one of our checkpoints/step_* folders, or a file."
+        )
+    if not name.endswith(".json"):
+        return read(folder / name)
+    about = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    tensors: dict[str, Tensor] = {}
+    for part in sorted(set(_read_json(folder / name).get("weight_map", {}).values())):
+        tensors.update(read(folder / part).tensors)
+    return Weights(str(folder), tensors, about)
+
+
+def _read_file(file: BinaryIO, name: str) -> Weights:
+    head = file.read(512)
+    file.seek(0)
+    try:
+        if head.startswith(_ZIP) or head[2 : 2 + len(_OLD_TORCH)] == _OLD_TORCH:
+            content = load_torch(file)
+        elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+            content = _load_safetensors(file.read())
+        elif head.startswith(b"\x80"):
+            content = load_pickle(file)
+        else:
+            content = None
+    except RefusedError as error:
+        raise ValueError(
+            f"{name} is not opened: beside tensors it holds {error}, which could run code. Give a file of weights "
+            f"alone: save the model's state_dict() with torch.save, or as safetensors."
+        ) from error
+    except Exception as error:  # each library has many names for what it cannot read
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch the protection off
+            reason = "its pickle is not one of plain data"
+        raise ValueError(
+            f"{name} is damaged, cut short, or not a file of weights alone ({reason}). Copy or download it again and "
+            f"compare the sizes."
+        ) from error
+    if content is None:
+        raise ValueError(f"{name} {_what_else(head)} Give a checkpoint: .pth, .pt, .bin, .pkl or .safetensors.")
+    return _unwrap(content, name)
+
+
+def _what_else(head: bytes) -> str:
+    if not head:
+        return "is empty."
+    if head.lstrip().startswith(b"<"):
+        return "is a web page, not a checkpoint: the download failed. Open the address in a browser to see why."
+    if head.startswith(b"version https://git-lfs"):
+        return "is only a pointer to a file kept by git-lfs. Run `git lfs pull` where it came from."
+    return f"is of an unknown format: it begins with {head[:8]!r}."
+
+
+def _load_safetensors(data: bytes) -> dict[str, Any]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    about = json.loads(header.get("__metadata__", {}).get("maskformer", "{}"))
+    return {"state_dict": safetensors.torch.load(data), "about": about}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
+    if not _is_dict(content):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Copy or download it again.")
+    return content
+
+
+def _unwrap(content: Any, name: str) -> Weights:
+    """Find the state dict: the file itself, or its `state_dict` (OpenMMLab, timm) or `model` (detectron2, Swin)."""
+    about: dict[str, Any] = {}
+    if _is_dict(content):
+        if _is_dict(content.get("about")):
+            about = content["about"]
+        elif _is_dict(content.get("meta")):
+            about = {"meta": content["meta"]}
+        inner = next((content[key] for key in ("state_dict", "model") if _is_dict(content.get(key))), content)
+        tensors = {key: tensor for key, value in inner.items() if (tensor := _as_tensor(value)) is not None}
+        if tensors:
+            return Weights(name, tensors, about)
+    raise ValueError(
+        f"{name} holds no tensors by name, but {_describe(content)}. Give a state dict, alone or under the key "
+        f"state_dict or model."
+    )
+
+
+def _is_dict(value: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _as_tensor(value: object) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if _is_array(value) and value.dtype.kind in "biuf":
+        native = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy, in this machine's byte order
+        return torch.from_numpy(native)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
+    return None
+
+
+def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:
+    return isinstance(value, np.ndarray)
+
+
+def _describe(content: object) -> str:
+    if _is_dict(content):
+        return f"a dict with the keys {', '.join(map(str, list(content)[:5])) or '(none)'}"
+    return f"a {type(content).__name__}"

@@ -1,0 +1,116 @@
+"""From a model of ours to a file or folder that another code loads."""
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from maskformer.model import MaskFormer
+from maskformer.taxonomy import COCO, Taxonomy
+from maskformer.weights.description import describe
+from maskformer.weights.huggingface import HUGGINGFACE, constants, model_json, processor_json
+from maskformer.weights.mmdet import MMDET_2, MMDET_3
+
+Format = Literal["own", "mmdet", "mmdet2", "huggingface"]
+"""safetensors with our names, mmdetection 3.x or 2.x (.pth), or a folder for transformers' `from_pretrained`."""
+
+
+def save(model: MaskFormer, path: str | Path, format: Format = "own", taxonomy: Taxonomy | None = None) -> None:
+    """Write a model to `path`, which appears only when it is whole.
+
+    Args:
+        taxonomy: the classes, whose names are written too; None for COCO's if there are as many, or else no names.
+
+    Raises:
+        ValueError: the format is unknown or has no such model, the taxonomy has other classes, or
+            there is something else at `path`.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"There is no format {format!r} to write. Use one of {', '.join(get_args(Format))}.")
+    path = Path(path)
+    config = model.config
+    if taxonomy is None and config.num_classes == COCO.num_classes:
+        taxonomy = COCO
+    if taxonomy is not None and taxonomy.num_classes != config.num_classes:
+        raise ValueError(
+            f"The model has {config.num_classes} classes, the taxonomy {taxonomy.num_classes}. Give the categories "
+            f"that the model was trained on."
+        )
+    names = None if taxonomy is None else taxonomy.names
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    everything = {**state, **_window_constants(state)}
+    encoder = config.encoder_layers > 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if format == "own":
+            _save_safetensors(state, part, {"maskformer": json.dumps(describe(config, taxonomy))})
+        elif format == "mmdet":
+            meta = {"dataset_meta": {"classes": names}} if names else {}
+            _save_torch({"meta": meta, "state_dict": MMDET_3.to_foreign(everything, encoder)}, part)
+        elif format == "mmdet2":
+            meta = {"CLASSES": names} if names else {}
+            _save_torch({"meta": meta, "state_dict": MMDET_2.to_foreign(everything, encoder)}, part)
+        else:
+            about = model_json(config, names)
+            tensors = {**HUGGINGFACE.to_foreign(everything, encoder), **constants(config)}
+            part.mkdir()
+            _save_safetensors(tensors, part / "model.safetensors", {"format": "pt"})
+            (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+            processor = json.dumps(processor_json(config), indent=2) + "\n"
+            (part / "preprocessor_config.json").write_text(processor, "utf-8")
+        _put_in_place(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    safetensors.torch.save_file(tensors, path, metadata)  # pyright: ignore[reportUnknownMemberType]  # a PathLike of what
+
+
+def _save_torch(content: dict[str, Any], part: Path) -> None:
+    # Given a path, torch would put the file's name into it, and equal models would not be equal files.
+    with part.open("wb") as file:
+        torch.save(content, file)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if _same(part, path):
+            return
+        raise ValueError(f"There is something else at {path} already. Name another output, or delete it.")
+    part.replace(path)
+
+
+def _same(part: Path, path: Path) -> bool:
+    if part.is_dir() != path.is_dir():
+        return False
+    if not part.is_dir():
+        return filecmp.cmp(part, path, shallow=False)
+    names = sorted(file.name for file in part.iterdir())
+    if names != sorted(file.name for file in path.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(part, path, names, shallow=False)[1:])
+
+
+def _window_constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return Swin's relative position indices, which the other codes keep among their weights."""
+    indices: dict[str, Tensor] = {}
+    for name, table in state.items():
+        if name.endswith("relative_position_bias_table"):
+            side = int(len(table) ** 0.5)  # 2 * window - 1
+            cell = torch.arange((side + 1) // 2)
+            y, x = (axis.flatten() for axis in torch.meshgrid(cell, cell, indexing="ij"))
+            down, across = (axis[:, None] - axis[None, :] + len(cell) - 1 for axis in (y, x))
+            indices[name.replace("bias_table", "index")] = down * side + across
+    return indices

@@ -1,0 +1,101 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.cli import run
+from jobs.convert_weights import main
+from maskformer import ModelConfig, Taxonomy, build_model, weights
+from pipelines import checkpoint
+from pipelines.checkpoint import TrainingState
+from pipelines.recipes import DEMO
+from pipelines.storage import locate
+
+CONFIG = ModelConfig(num_classes=2, num_queries=3, hidden_dim=32, feedforward_dim=8, encoder_layers=0, decoder_layers=1)
+ANIMALS = Taxonomy.from_coco([{"id": 4, "name": "cow", "isthing": 1}, {"id": 9, "name": "meadow", "isthing": 0}])
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "animals.safetensors"
+    weights.save(build_model(CONFIG), path, taxonomy=ANIMALS)
+    return path
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    return int(end.value.code or 0)
+
+
+def test_around_through_every_format(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+    """The file that comes back is the one that went out, to the byte."""
+    categories = tmp_path / "categories.json"
+    categories.write_text(json.dumps({"categories": ANIMALS.to_coco(), "images": []}))
+    source = own
+    for to in ("huggingface", "mmdet", "own"):
+        given = ["--categories", categories] if source != own else []  # only our files say what is a thing
+        assert convert(monkeypatch, "--input", source, "--output", tmp_path / to, "--to", to, *given) == 0
+        assert capsys.readouterr().out.endswith(f"written to {tmp_path / to}\n")
+        source = tmp_path / to
+    assert source.read_bytes() == own.read_bytes()
+    assert convert(monkeypatch, "--input", own, "--output", source, "--to", "own") == 0  # nothing left to do
+
+
+def test_classes_are_fitted_by_name(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.json").write_text(
+        json.dumps([*ANIMALS.to_coco(), {"id": 1, "name": "sheep", "isthing": 1, "color": [1, 2, 3]}])
+    )
+    arguments = ["--input", own, "--output", tmp_path / "more", "--to", "own", "--categories", tmp_path / "more.json"]
+    assert convert(monkeypatch, *arguments) == 0
+    assert "classes that start anew: 1 (sheep)" in capsys.readouterr().out
+    assert weights.detect(tmp_path / "more").num_classes == 3
+    assert weights.class_names(weights.read(tmp_path / "more")) == ("sheep", "cow", "meadow")
+
+
+def test_a_checkpoint_of_a_training(monkeypatch, capsys, tmp_path: Path) -> None:
+    config = replace(DEMO, model=replace(DEMO.model, num_classes=2, num_heads=2))
+    model = build_model(config.model)
+    place = locate(tmp_path / "step_00000001")
+    checkpoint.save(place, TrainingState(1, dict(model.state_dict()), {}, {}), config, ANIMALS)
+    assert convert(monkeypatch, "--input", place, "--output", tmp_path / "own", "--to", "own") == 0
+    file = weights.read(tmp_path / "own")
+    assert (weights.detect(file), weights.stated_taxonomy(file)) == (config.model, ANIMALS)
+    assert all(torch.equal(file.tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+    """Each is one paragraph and exit status 2."""
+    (tmp_path / "page.pth").write_text("<html>")
+    torch.save({f"layer1.{name}": torch.zeros(1) for name in "ab"}, tmp_path / "backbone.pth")
+    state = build_model(CONFIG).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if "mask_head" not in name}, tmp_path / "half.pth")
+    torch.save({"weird": torch.zeros(1)}, tmp_path / "weird.pth")
+    (tmp_path / "taken").write_text("mine")
+    weights.save(build_model(CONFIG), tmp_path / "names.pth", "mmdet", ANIMALS)
+    (tmp_path / "bad.json").write_text("{}")
+    output = tmp_path / "output"
+    for message, *arguments in (
+        ("There is no file", tmp_path / "nothing", output, "own"),
+        ("is a web page", tmp_path / "page.pth", output, "own"),
+        ("not a whole MaskFormer", tmp_path / "backbone.pth", output, "own"),
+        ("not a whole model: it lacks 6 tensors", tmp_path / "half.pth", output, "own"),
+        ("no tensor of a MaskFormer", tmp_path / "weird.pth", output, "own"),
+        ("something else at", own, tmp_path / "taken", "mmdet"),
+        ("but not which of them are things", tmp_path / "names.pth", output, "own"),
+        ("has no categories (KeyError", own, output, "own", "--categories", tmp_path / "bad.json"),
+        ("No such file or directory", own, output, "own", "--categories", tmp_path / "nothing.json"),
+        ("File exists", own, tmp_path / "taken" / "output", "own"),
+    ):
+        source, target, to, *more = arguments
+        assert convert(monkeypatch, "--input", source, "--output", target, "--to", to, *more) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    assert not output.exists()
+    assert (tmp_path / "taken").read_text() == "mine"
