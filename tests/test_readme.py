@@ -39,7 +39,7 @@ def test_every_job_is_listed_and_every_listed_job_exists() -> None:
 @pytest.mark.parametrize("job", sorted({job for job, _ in COMMANDS}))
 def test_every_flag_is_known(job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [job, "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / job), run_name="__main__")
     shown = capsys.readouterr().out
     for name, rest in COMMANDS:
