@@ -54,13 +54,14 @@ def _chosen(recipes: tuple[TrainConfig, ...]) -> TrainConfig:
 
 
 def _print_description(config: TrainConfig) -> None:
-    from pipelines.data.stream import open_pack  # imports Ray, which --help should not
+    from pipelines.data.manifest import open_pack
     from pipelines.describe import describe
 
     uri = config.data.train or os.environ.get(TRAIN_DATA, "")
     if uri:
         samples = open_pack(uri, config.data.require_thing)
-        print(describe(config, len(samples), samples.num_left_out, samples.uri))
+        left_out = f", {samples.num_left_out:,} more left out without a thing" if config.data.require_thing else ""
+        print(describe(config, len(samples), f"of {samples.uri}{left_out}"))
     else:
-        source = f"COCO train2017, all of them: --data.train or ${TRAIN_DATA} counts those of a pack"
-        print(describe(config, COCO_TRAIN_IMAGES, 0, source))
+        source = f"of COCO train2017, none left out: --data.train or ${TRAIN_DATA} counts those of a pack"
+        print(describe(config, COCO_TRAIN_IMAGES, source))

@@ -42,7 +42,8 @@ def panoptic(
     Returns the index map (0 is void, segments are numbered 1, 2, ... by query) and COCO's `segments_info`: `id`,
     `category_id`, `isthing`, `area` in pixels, and `score`, of merged stuff the highest.
 
-    Raises ValueError if the logits and the taxonomy differ in classes, or the sizes do not nest.
+    Raises ValueError if the logits and the taxonomy differ in classes, or the valid size does not lie
+    within the padded one.
     """
     _check_classes(class_logits, taxonomy)
     _check_sizes(size)
@@ -116,7 +117,7 @@ def semantic(
     A query's vote for a class is its class probability (softmax with no-object, whose column is then left out) times
     its mask probability. `size` as in `panoptic`. The votes are summed in float32 even under autocast.
 
-    Raises ValueError if the sizes do not nest.
+    Raises ValueError if the valid size does not lie within the padded one.
     """
     _check_sizes(size)
     padded, _, original = size
@@ -157,7 +158,8 @@ def instances(
     lengths (see `run_lengths`). An instance without a pixel is left out: it has score 0 and no box, claims nothing,
     and cannot change an average precision (mmdetection lists it with a box of zeros).
 
-    Raises ValueError if the logits and the taxonomy differ in classes, or the sizes do not nest.
+    Raises ValueError if the logits and the taxonomy differ in classes, or the valid size does not lie
+    within the padded one.
     """
     _check_classes(class_logits, taxonomy)
     _check_sizes(size)

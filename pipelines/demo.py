@@ -14,10 +14,9 @@ from pipelines import cluster
 from pipelines.checkpoint import SavedModel
 from pipelines.config import PublishConfig, TrainConfig, resolve
 from pipelines.data.coco import CocoLayout
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import open_pack, read_manifest
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic
-from pipelines.data.stream import open_pack
 from pipelines.data.synthetic import SyntheticConfig, draw_dataset
 from pipelines.errors import UserError
 from pipelines.evaluation import evaluate

@@ -11,13 +11,12 @@ from pipelines.data.order import total_steps
 from pipelines.recipes import PUBLISHED
 
 
-def describe(config: TrainConfig, num_images: int, num_left_out: int, source: str) -> str:
+def describe(config: TrainConfig, num_images: int, source: str) -> str:
     """Return a resolved configuration as text: its model, length, schedule and effective optimizer groups.
 
     Args:
-        num_images: images of the training set that are used.
-        num_left_out: images that are not, for want of a thing.
-        source: where these numbers come from.
+        num_images: images to train on.
+        source: where they come from, in words.
 
     Raises:
         UserError: the number of workers cannot give the global batch.
@@ -35,17 +34,17 @@ def describe(config: TrainConfig, num_images: int, num_left_out: int, source: st
         ("published", PUBLISHED.get(config.recipe, "nothing")),
         ("model", f"{network.backbone}, {sum(sizes):,} parameters, {trainable:,} trainable; "
                   f"{network.num_classes} classes, {network.num_queries} queries"),
-        ("dropout", f"{network.dropout:g}, but {network.decoder_feedforward_dropout:g} in the decoder's feed-forward "
-                    f"layers; drop path {network.drop_path:g}"),
+        ("dropout", f"{network.dropout:g}, decoder's feed-forward layers {network.decoder_feedforward_dropout:g}, "
+                    f"drop path {network.drop_path:g}"),
         ("weights", config.weights),
         ("precision", f"{config.precision} on GPUs, float32 on CPUs"),
-        ("images", f"{num_images:,} ({num_left_out:,} left out without a thing) of {source}"),
-        ("batch", f"{config.plan} accumulated"),
+        ("images", f"{num_images:,} {source}"),
+        ("batch", f"{config.plan} (workers, micro-batch, accumulation)"),
         ("length", f"{steps:,} steps = {steps / steps_per_epoch:,.2f} epochs: {steps * run.global_batch:,} images"),
         ("augment", f"flip {augment.flip_probability:g}; short side {_range(augment.short_sides)}, "
                     f"long side <= {augment.long_side}; {augment.interpolation}"),
         ("crop", f"{augment.crop_probability:g} of the time: short side {_range(augment.crop_short_sides)}, long side "
-                 f"<= {augment.crop_long_side or 'any'}, height and width cut to {low}..{high}; "
+                 f"<= {augment.crop_long_side or 'infinity'}, height and width cut to {low}..{high}; "
                  f"segments without a pixel are {'kept' if augment.keep_empty else 'dropped'}"),
         ("loss weights", f"classification {config.loss.classification_weight:g}, focal {config.loss.focal_weight:g}, "
                          f"dice {config.loss.dice_weight:g}, no object {config.loss.no_object_weight:g}"),

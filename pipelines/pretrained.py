@@ -3,10 +3,10 @@
 import io
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from maskformer import MaskFormer, Taxonomy, weights
-from maskformer.taxonomy import COCO
 from pipelines import checkpoint
 from pipelines.checkpoint import SavedModel
 from pipelines.config import RunConfig, TrainConfig, to_dict
@@ -43,9 +43,11 @@ def _fetched(place: Location) -> weights.Weights:
         file = io.BytesIO(place.read_bytes())
         file.name = str(place)
         return weights.read(file)
+    names = place.names()
+    kind = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
     with tempfile.TemporaryDirectory() as scratch:
-        for name in place.names():
-            if not (place / name).is_dir():
+        for name in names:
+            if name.endswith((".json", kind)):
                 (Path(scratch) / name).write_bytes((place / name).read_bytes())
         found = weights.read(scratch)
     return weights.Weights(str(place), found.tensors, found.about)
@@ -68,25 +70,24 @@ def open_model(where: str, taxonomy: Taxonomy) -> SavedModel:
     """Open the whole model at a path or URI, ours or another program's, to evaluate it on data with `taxonomy`.
 
     Raises:
-        UserError: it cannot be read, is not whole, or was trained on other classes.
+        UserError: it cannot be read, is not whole, or does not know all classes of the data.
     """
     place = locate(where)
     if checkpoint.is_ours(place):
         return checkpoint.load_model(place)
     file = read(where)
     try:
-        model = weights.detect(file)
-        names = weights.class_names(file) or (COCO.names if model.num_classes == COCO.num_classes else None)
-        if model.num_classes != taxonomy.num_classes or (names and names != taxonomy.names):
-            raise UserError(
-                f"{where} was trained on {model.num_classes} classes, and they are not the {taxonomy.num_classes} of "
-                f"the data. Evaluate on data with the categories it was trained on, or train it on this data, "
-                f"starting with --weights {where}."
-            )
-        state, report = weights.load(file, model)
+        model = replace(weights.detect(file), num_classes=taxonomy.num_classes)
+        state, report = weights.load(file, model, taxonomy)
         report.require_complete()
     except ValueError as error:
         raise UserError(str(error)) from error
+    if report.classes_new:
+        raise UserError(
+            f"{where} does not know {len(report.classes_new)} of the data's {taxonomy.num_classes} classes, first "
+            f"{report.classes_new[0]!r}. Evaluate on data with the categories it was trained on, or train it on this "
+            f"data, starting with --weights {where}."
+        )
     logger.info("%s", report)
     name = PurePosixPath(place.path)
     # What is made of a file lies in a folder beside it, named as it is without its ending.

@@ -7,7 +7,7 @@ from pathlib import Path
 from maskformer import PanopticConfig
 from pipelines import cluster, registry, tracking
 from pipelines.config import PublishConfig, to_dict, tracking_uri
-from pipelines.data.stream import open_pack
+from pipelines.data.manifest import open_pack
 from pipelines.evaluation import EvaluationResult, evaluate
 from pipelines.pretrained import open_model
 from pipelines.storage import locate

@@ -9,13 +9,14 @@ manifest.json         hashes of all this; written last, so a folder without it i
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.schema import INDEX, require
 from pipelines.errors import UserError
-from pipelines.storage import Location, sha256
+from pipelines.storage import Location, absolute, locate, sha256
 
 VERSION = 1
 STATE_FILE, INDEX_FILE, MANIFEST_FILE = "pack.json", "index.parquet", "manifest.json"
@@ -100,3 +101,57 @@ def read_index(location: Location, manifest: Manifest) -> pa.Table:
     table = pq.read_table(pa.BufferReader(content))
     require(table, INDEX, str(file))
     return table
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """The images of a pack that a job works on."""
+
+    uri: str
+    shards: tuple[str, ...]
+    taxonomy: Taxonomy
+    data_hash: str
+    image_ids: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    num_left_out: int
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def subset(self, count: int) -> "PackedSet":
+        """Return `count` images spread evenly over the set; always the same ones."""
+        return self.take(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
+
+    def take(self, places: np.ndarray) -> "PackedSet":
+        """Return the images at `places`, in that order."""
+        fields = {**vars(self), "image_ids": self.image_ids[places]}
+        return PackedSet(**{**fields, "shard": self.shard[places], "row": self.row[places]})
+
+
+def open_pack(uri: str, require_thing: bool = False) -> PackedSet:
+    """Open a pack; with `require_thing`, leave out images without a thing that is not a crowd.
+
+    Raises:
+        UserError: there is no complete pack, or no image is left.
+    """
+    uri = absolute(uri)
+    location = locate(uri)
+    manifest = read_manifest(location)
+    index = read_index(location, manifest)
+    kept = index["num_things"].to_numpy() > 0 if require_thing else np.ones(len(index), bool)
+    if not kept.any():
+        raise UserError(
+            f"No image of {uri} can be used: {len(index)} images, none with a thing that is not a crowd. "
+            f"Use --data.no-require-thing to train on stuff alone."
+        )
+    return PackedSet(
+        uri=uri,
+        shards=tuple(str(location / shard.file) for shard in manifest.shards),
+        taxonomy=manifest.taxonomy,
+        data_hash=manifest.data_hash,
+        image_ids=index["image_id"].to_numpy()[kept],
+        shard=index["shard"].to_numpy()[kept],
+        row=index["row"].to_numpy()[kept],
+        num_left_out=int((~kept).sum()),
+    )

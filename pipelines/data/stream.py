@@ -29,69 +29,15 @@ from maskformer.taxonomy import Taxonomy
 from pipelines.data import order
 from pipelines.data.augment import AugmentConfig, Sample, augment, sample_rng
 from pipelines.data.batch import PanopticBatch
-from pipelines.data.manifest import read_index, read_manifest
+from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
 from pipelines.errors import UserError
-from pipelines.storage import absolute, locate, sha256
+from pipelines.storage import locate, sha256
 
 _TASKS_PER_EXECUTION = 8
 """An endless run is a chain of executions of this many tasks, each begun when the one before is handed out: what two
 of them produce is what a rank holds in the object store."""
-
-
-@dataclass(frozen=True)
-class PackedSet:
-    """The images of a pack that a job works on."""
-
-    uri: str
-    shards: tuple[str, ...]
-    taxonomy: Taxonomy
-    data_hash: str
-    image_ids: np.ndarray
-    shard: np.ndarray
-    row: np.ndarray
-    num_left_out: int
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def subset(self, count: int) -> "PackedSet":
-        """Return `count` images spread evenly over the set; always the same ones."""
-        return self.take(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
-
-    def take(self, places: np.ndarray) -> "PackedSet":
-        """Return the images at `places`, in that order."""
-        fields = {**vars(self), "image_ids": self.image_ids[places]}
-        return PackedSet(**{**fields, "shard": self.shard[places], "row": self.row[places]})
-
-
-def open_pack(uri: str, require_thing: bool = False) -> PackedSet:
-    """Open a pack; with `require_thing`, leave out images without a thing that is not a crowd.
-
-    Raises:
-        UserError: there is no complete pack, or no image is left.
-    """
-    uri = absolute(uri)
-    location = locate(uri)
-    manifest = read_manifest(location)
-    index = read_index(location, manifest)
-    kept = index["num_things"].to_numpy() > 0 if require_thing else np.ones(len(index), bool)
-    if not kept.any():
-        raise UserError(
-            f"No image of {uri} can be used: {len(index)} images, none with a thing that is not a crowd. "
-            f"Use --data.no-require-thing to train on stuff alone."
-        )
-    return PackedSet(
-        uri=uri,
-        shards=tuple(str(location / shard.file) for shard in manifest.shards),
-        taxonomy=manifest.taxonomy,
-        data_hash=manifest.data_hash,
-        image_ids=index["image_id"].to_numpy()[kept],
-        shard=index["shard"].to_numpy()[kept],
-        row=index["row"].to_numpy()[kept],
-        num_left_out=int((~kept).sum()),
-    )
 
 
 def training_batches(

@@ -22,9 +22,10 @@ from maskformer import PanopticConfig, PanopticQuality, Segmenter, build_model
 from maskformer.postprocess import encode_ids
 from pipelines.checkpoint import SavedModel
 from pipelines.config import EvaluationConfig
+from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import PackedSet, original_errors, resized_images
+from pipelines.data.stream import original_errors, resized_images
 from pipelines.storage import locate
 
 _ROWS_PER_TASK = 8

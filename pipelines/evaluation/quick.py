@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from maskformer import MaskFormer, PanopticQuality, Segmenter
 from pipelines.config import TrainConfig
+from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import PackedSet, blocks, open_pack, resized_images
+from pipelines.data.stream import blocks, resized_images
 from pipelines.evaluation.predict import score_row
 
 

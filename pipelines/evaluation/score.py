@@ -10,7 +10,7 @@ from maskformer.panoptic_quality import PanopticResult
 from pipelines import cluster
 from pipelines.checkpoint import SavedModel
 from pipelines.config import EvaluationConfig
-from pipelines.data.stream import PackedSet, open_pack
+from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import UserError
 from pipelines.evaluation.predict import predict
 from pipelines.pretrained import open_model

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from maskformer import Taxonomy, build_model
 from pipelines import checkpoint, cluster, pretrained, tracking
 from pipelines.config import TrainConfig, differing_leaves, resolve, to_dict
+from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import total_steps
-from pipelines.data.stream import PackedSet, open_pack
 from pipelines.errors import RunFailed, UserError
 from pipelines.storage import Location, locate
 from pipelines.training import ledger, watch

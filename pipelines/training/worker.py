@@ -29,7 +29,8 @@ from maskformer.optim import build_optimizer, learning_rate_factor
 from pipelines import checkpoint, pretrained
 from pipelines.config import TrainConfig, from_dict
 from pipelines.data.batch import PanopticBatch
-from pipelines.data.stream import open_pack, training_batches
+from pipelines.data.manifest import open_pack
+from pipelines.data.stream import training_batches
 from pipelines.errors import UserError
 from pipelines.evaluation.quick import quick_pq
 from pipelines.storage import Location, locate

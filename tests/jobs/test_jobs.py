@@ -21,7 +21,7 @@ from maskformer import build_model
 from maskformer.optim import build_optimizer
 from pipelines import checkpoint, cluster
 from pipelines.config import TrainConfig, resolve, to_dict
-from pipelines.data.stream import open_pack
+from pipelines.data.manifest import open_pack
 from pipelines.errors import UserError
 from pipelines.recipes import R50_MMDET
 from pipelines.storage import locate
@@ -104,23 +104,30 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "session", session)
 
 
-def test_help_answers_without_ray() -> None:
+def test_help_and_description_answer_without_ray() -> None:
     code = (
         "import runpy, sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
-        "for sys.argv in [[job, '--help'] for job in sys.argv[1:]]:\n"
+        "for sys.argv in [line.split() for line in sys.argv[1:]]:\n"
         "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "    except SystemExit as end: print('exit', end.code)"
     )
-    command = [sys.executable, "-c", code, *(f"jobs/{job}.py" for job in JOBS)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = [f"jobs/{job}.py --help" for job in JOBS] + ["jobs/train_r50.py --describe --recipe r50_original"]
+    result = subprocess.run([sys.executable, "-c", code, *lines], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    answers = result.stdout.split("exit 0\n")
-    assert answers.pop() == ""
-    assert len(answers) == len(JOBS)
+    *answers, description, rest = result.stdout.split("exit 0\n")
+    assert rest == ""
     for job, answer in zip(JOBS, answers, strict=True):
         assert answer.startswith(f"usage: jobs/{job}.py")
         assert len(re.findall(r"^│ (--[\w.-]+).*$", answer, re.MULTILINE)) >= 4
         assert answer.split("\n\n")[1].strip() not in ("", "None")  # what the job is for
+    assert description.startswith("recipe        r50_original\n")
+    assert "x0.1 from step 369,600 " in description
+
+
+def test_a_recipe_of_another_job(refused: Refused) -> None:
+    complaint = refused(train_r50.main, ["--recipe", "swin_l_mmdet"])
+    assert "no recipe 'swin_l_mmdet' for this job" in complaint
+    assert "r50_mmdet, r50_original, r101_original" in complaint
 
 
 def test_an_unknown_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ from maskformer.inference import resize_image, resized_shape
 from maskformer.taxonomy import COCO
 from pipelines.checkpoint import SavedModel
 from pipelines.config import TrainConfig
+from pipelines.data.manifest import open_pack
 from pipelines.data.pixels import decode_image, decode_panoptic
-from pipelines.data.stream import open_pack
 from pipelines.data.synthetic import CATEGORIES
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluationResult, evaluate, predict

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskformer import DEMO, MaskFormer, build_model, weights
+from maskformer import DEMO, MaskFormer, Taxonomy, build_model, weights
 from maskformer.taxonomy import COCO
 from pipelines import checkpoint, pretrained
 from pipelines.checkpoint import TrainingState
 from pipelines.config import TrainConfig
-from pipelines.data.stream import open_pack
+from pipelines.data.manifest import open_pack
 from pipelines.errors import UserError
 from pipelines.storage import locate
 
@@ -82,9 +82,20 @@ def test_a_run_of_other_classes_is_a_start_but_cannot_be_evaluated(places: dict[
     assert report.classes_found == ()
     assert len(report.classes_new) == 133
     with pytest.raises(
-        UserError, match=r"model\.safetensors was trained on 7 classes, and they are not the 133 of the data"
+        UserError, match=r"model\.safetensors does not know 133 of the data's 133 classes, first 'person'"
     ):
         pretrained.open_model(places["file"], COCO)
+
+
+def test_some_of_the_classes_are_enough_to_be_evaluated(
+    model: MaskFormer, places: dict[str, str], packs: dict[str, str]
+) -> None:
+    known = open_pack(packs["val"]).taxonomy
+    some = Taxonomy.from_coco([{"id": 10 - place, "name": known.names[place], "isthing": 1} for place in (0, 2, 3)])
+    saved = pretrained.open_model(places["file"], some)
+    assert saved.config.model.num_classes == 3
+    rows = model.state_dict()["class_head.weight"]
+    torch.testing.assert_close(saved.weights["class_head.weight"], rows[[3, 2, 0, 7]], rtol=0, atol=0)
 
 
 class _Plant:

@@ -26,7 +26,7 @@ from maskformer.postprocess import decode_ids
 from pipelines import checkpoint, registry, tracking
 from pipelines.checkpoint import SavedModel, TrainingState
 from pipelines.config import PublishConfig, TrainConfig
-from pipelines.data.stream import open_pack
+from pipelines.data.manifest import open_pack
 from pipelines.data.synthetic import SyntheticConfig, draw_dataset
 from pipelines.publish import publish
 from pipelines.storage import locate

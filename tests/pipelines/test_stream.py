@@ -18,10 +18,11 @@ from pipelines.data import stream
 from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.coco import CocoLayout
+from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import permutation
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
-from pipelines.data.stream import PackedSet, open_pack, original_errors, resized_images, training_batches
+from pipelines.data.stream import original_errors, resized_images, training_batches
 from pipelines.errors import UserError
 from pipelines.recipes import DEMO
 from tests.pipelines.coco_folder import OTHER_THING, SPLIT, STUFF, THING, edit_json, write_coco_folder

@@ -19,9 +19,9 @@ from maskformer import PanopticConfig, PanopticQuality
 from pipelines import checkpoint
 from pipelines.config import TrainConfig
 from pipelines.data.coco import CocoLayout
+from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic
-from pipelines.data.stream import open_pack
 from pipelines.data.synthetic import CATEGORIES
 from pipelines.errors import RunFailed
 from pipelines.evaluation.predict import segmenter
