@@ -25,7 +25,7 @@ from tests.jobs.command_line import flags
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 120, 50
+STEPS, EVERY = 60, 25
 
 
 def wait_for(condition: Callable[[], Any], what: str, job: subprocess.Popen[str]) -> None:
