@@ -19,7 +19,7 @@ check: .venv/installed  ## format, lint, types, import contracts, spelling
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
-	$(BIN)/codespell maskformer pipelines jobs tests README.md Makefile pyproject.toml
+	$(BIN)/codespell maskformer pipelines jobs cluster tests README.md Makefile pyproject.toml
 
 .venv/installed: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

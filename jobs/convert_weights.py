@@ -11,6 +11,7 @@ import torch
 
 from jobs.cli import parse, run
 from maskformer import Taxonomy, build_model, weights
+from pipelines import pretrained
 from pipelines.errors import UserError
 
 
@@ -19,7 +20,7 @@ class ConvertWeights:
     """Turn a MaskFormer checkpoint into another format. The input's format and architecture are found out."""
 
     input: str
-    """A file, or a folder with config.json as Hugging Face's and our own checkpoints are."""
+    """A file, a folder with config.json as Hugging Face's and our own checkpoints are, or a run's; or its URI."""
     output: str
     """A new file; for huggingface, a new folder."""
     to: weights.Format
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def _convert(flags: ConvertWeights) -> weights.LoadReport:
-    file = weights.read(flags.input)
+    file = pretrained.read(flags.input)
     config = weights.detect(file)
     taxonomy = None
     if flags.categories is not None:

@@ -25,7 +25,7 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
 
     `--recipe` chooses among `recipes`, the first if it is not given; every other flag overrides a leaf of it.
     """
-    flags = parse(_Flags, _Flags(config=_chosen(recipes)), description)
+    flags = parse(_Flags, _Flags(config=chosen_recipe(recipes)), description)
     if flags.describe:
         _print_description(flags.config)
         return 0
@@ -42,7 +42,7 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
     return 0
 
 
-def _chosen(recipes: tuple[TrainConfig, ...]) -> TrainConfig:
+def chosen_recipe(recipes: tuple[TrainConfig, ...]) -> TrainConfig:
     """Return the recipe that the command line names: its leaves are the defaults of all other flags."""
     by_name = {recipe.recipe: recipe for recipe in recipes}
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -66,7 +66,7 @@ def compute_losses(
         classification = _classification(class_logits.float(), pairs, targets, config)
         mask_losses = torch.stack(
             [
-                _mask_losses(mask_logits[:, image], queries, target.selected(places.flatten()), config)
+                mask_losses_of_image(mask_logits[:, image], queries, target.selected(places.flatten()), config)
                 for image, (target, (queries, places)) in enumerate(zip(targets, pairs, strict=True))
             ]
         ).sum(dim=0)
@@ -96,7 +96,7 @@ def _classification(
     return (weights * losses).sum(dim=(1, 2)) / divisor
 
 
-def _mask_losses(
+def mask_losses_of_image(
     mask_logits: Float[Tensor, "L Q h w"],
     queries: Int64[Tensor, "L pairs"],
     masks: Bool[Tensor, "L*pairs H W"],

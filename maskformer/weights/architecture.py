@@ -1,8 +1,10 @@
 """Which code wrote a file and which network is in it, from the names and shapes of its tensors."""
 
-import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from maskformer.config import R50, R101, SWIN_B, SWIN_L, SWIN_S, SWIN_T, ModelConfig
 from maskformer.weights.description import model_fields
@@ -10,7 +12,7 @@ from maskformer.weights.detectron2 import DETECTRON2, DETECTRON2_BACKBONE
 from maskformer.weights.huggingface import HUGGINGFACE
 from maskformer.weights.imagenet import SWIN, TIMM, TORCHVISION
 from maskformer.weights.mmdet import MMDET_2, MMDET_3
-from maskformer.weights.names import Layout, Renamed, Row
+from maskformer.weights.names import Layout, Row
 from maskformer.weights.reading import Source, Weights, read
 
 _PARTS = ("backbone", "pixel_decoder", "query_embedding", "transformer_decoder", "class_head", "mask_head")
@@ -19,6 +21,14 @@ LAYOUTS = (MMDET_3, MMDET_2, DETECTRON2, HUGGINGFACE, TORCHVISION, SWIN, TIMM, D
 
 _SWINS = {(96, 6): SWIN_T, (96, 18): SWIN_S, (128, 18): SWIN_B, (192, 18): SWIN_L}
 """Channels of the first stage, blocks of the third."""
+
+_DIMENSIONS = {
+    "query_embedding.weight": 2,
+    "class_head.bias": 1,
+    "transformer_decoder.layers.0.feedforward.0.bias": 1,
+    "backbone.features.0.0.weight": 4,
+}
+"""Of the tensors whose sizes are read."""
 
 
 def recognise(weights: Weights) -> Layout:
@@ -47,21 +57,35 @@ def detect(source: Source) -> ModelConfig:
     """
     weights = read(source)
     stated = model_fields(weights)
-    if "backbone" in stated:
-        return ModelConfig(**stated)
-    renamed = recognise(weights).to_own(weights.tensors, weights.source)
+    fields = stated if "backbone" in stated else {**_found(weights), **stated}
     try:
-        num_queries, hidden_dim = renamed.tensors["query_embedding.weight"].shape
-        return dataclasses.replace(
-            _with_backbone(renamed, weights.source),
-            num_classes=len(renamed.tensors["class_head.bias"]) - 1,
-            num_queries=num_queries,
-            hidden_dim=hidden_dim,
-            feedforward_dim=len(renamed.tensors["transformer_decoder.layers.0.feedforward.0.bias"]),
-            encoder_layers=_count(renamed.tensors, r"pixel_decoder\.encoder\.(\d+)\."),
-            decoder_layers=_count(renamed.tensors, r"transformer_decoder\.layers\.(\d+)\."),
-            **stated,
-        )
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{weights.source} holds a model that cannot be built: {error}") from None
+
+
+def _found(weights: Weights) -> dict[str, Any]:
+    """Return the fields that show in the tensors; the rest are as published for the backbone."""
+    renamed = recognise(weights).to_own(weights.tensors, weights.source)
+    tensors = renamed.tensors
+    for name, dimensions in _DIMENSIONS.items():
+        if name in tensors and tensors[name].dim() != dimensions:
+            raise ValueError(
+                f"{weights.source} is not a MaskFormer: its tensor {renamed.foreign[name]} has the shape "
+                f"{tuple(tensors[name].shape)}, where {name} has {dimensions} dimensions. Give the checkpoint of a "
+                f"whole model."
+            )
+    try:
+        num_queries, hidden_dim = tensors["query_embedding.weight"].shape
+        return {
+            **vars(_with_backbone(tensors, weights.source)),
+            "num_classes": len(tensors["class_head.bias"]) - 1,
+            "num_queries": num_queries,
+            "hidden_dim": hidden_dim,
+            "feedforward_dim": len(tensors["transformer_decoder.layers.0.feedforward.0.bias"]),
+            "encoder_layers": _count(tensors, r"pixel_decoder\.encoder\.(\d+)\."),
+            "decoder_layers": _count(tensors, r"transformer_decoder\.layers\.(\d+)\."),
+        }
     except KeyError as error:
         raise ValueError(
             f"{weights.source} is not a whole MaskFormer: it has no {error.args[0]}. Give the checkpoint of a whole "
@@ -69,8 +93,7 @@ def detect(source: Source) -> ModelConfig:
         ) from None
 
 
-def _with_backbone(renamed: Renamed, source: str) -> ModelConfig:
-    tensors = renamed.tensors
+def _with_backbone(tensors: Mapping[str, Tensor], source: str) -> ModelConfig:
     if "backbone.conv1.weight" in tensors:
         found = _count(tensors, r"backbone\.layer3\.(\d+)\.")
         known = {6: R50, 23: R101}.get(found)

@@ -24,7 +24,7 @@ class MovedClasses:
 
 
 def move_classes(weights: Weights, head: dict[str, Tensor], taxonomy: Taxonomy) -> MovedClasses | None:
-    """Fit the class head of a file to a taxonomy; None if it is that of the same classes already.
+    """Fit the class head of a file to a taxonomy; None if it is that of the same classes already, or no class head.
 
     The row of "no object" is kept. A file without names has COCO's classes if it has as many as COCO.
 
@@ -32,6 +32,8 @@ def move_classes(weights: Weights, head: dict[str, Tensor], taxonomy: Taxonomy) 
         ValueError: nothing is known about the file's classes and they are not as many.
     """
     weight, bias = (head[name] for name in HEAD)
+    if weight.dim() != 2 or bias.shape != weight.shape[:1]:
+        return None
     num_classes = len(bias) - 1
     names = class_names(weights)
     if names is None or len(names) != num_classes:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 from maskformer.config import ModelConfig
 from maskformer.taxonomy import COCO, Taxonomy
@@ -19,13 +19,17 @@ def describe(config: ModelConfig, taxonomy: Taxonomy | None) -> dict[str, Any]:
 
 
 def class_names(weights: Weights) -> tuple[str, ...] | None:
-    """Return the names of the classes by class index; None if the file has none."""
+    """Return the names of the classes by class index; None if the file has none.
+
+    Raises:
+        ValueError: what our own file says about its classes is damaged.
+    """
     about = weights.about
     meta = _mapping(about.get("meta"))
     dataset = _mapping(meta.get("dataset_meta"))
     labels = _mapping(about.get("id2label"))
-    if about.get("categories"):
-        return Taxonomy.from_coco(about["categories"]).names
+    if (own := _own_taxonomy(weights)) is not None:
+        return own.names
     for names in (
         dataset.get("classes"),  # mmdet 3
         dataset.get("CLASSES"),  # its release candidates
@@ -39,17 +43,20 @@ def class_names(weights: Weights) -> tuple[str, ...] | None:
 
 
 def stated_taxonomy(weights: Weights) -> Taxonomy | None:
-    """Return the file's classes if they are all known: those of our own files, and COCO's, told by their names."""
-    if weights.about.get("categories"):
-        return Taxonomy.from_coco(weights.about["categories"])
-    return COCO if class_names(weights) == COCO.names else None
+    """Return the file's classes if they are all known: those of our own files, and COCO's, told by their names.
+
+    Raises:
+        ValueError: as for `class_names`.
+    """
+    own = _own_taxonomy(weights)
+    return COCO if own is None and class_names(weights) == COCO.names else own
 
 
 def model_fields(weights: Weights) -> dict[str, Any]:
     """Return the fields of `ModelConfig` that the file states: all in our own files, few or none in others.
 
     Raises:
-        ValueError: it states fields that this version does not have.
+        ValueError: it states fields or values that this version does not have.
     """
     own = _mapping(_mapping(weights.about.get("config")).get("model"))
     if own:
@@ -59,9 +66,41 @@ def model_fields(weights: Weights) -> dict[str, Any]:
                 f"{weights.source} has a configuration with {', '.join(sorted(unknown))}, which this version does "
                 f"not know. Use the version that wrote it."
             )
-        return {name: tuple(value) if _is_list(value) else value for name, value in own.items()}
+        fields = {name: tuple(value) if _is_list(value) else value for name, value in own.items()}
+        if fields.get("backbone") not in get_args(get_type_hints(ModelConfig)["backbone"]):
+            raise ValueError(
+                f"{weights.source} has a configuration with the backbone {fields.get('backbone')!r}, which this "
+                f"version does not know. Use the version that wrote it."
+            )
+        defaults = ModelConfig()
+        odd = [name for name, value in fields.items() if not _is_like(value, getattr(defaults, name))]
+        if odd:
+            raise ValueError(
+                f"{weights.source} has a configuration whose {odd[0]} is {fields[odd[0]]!r}, where a value like "
+                f"{getattr(defaults, odd[0])!r} belongs. Give an undamaged copy of the file."
+            )
+        return fields
     heads = _mapping(weights.about.get("decoder_config")).get("decoder_attention_heads")
     return {"num_heads": heads} if isinstance(heads, int) else {}
+
+
+def _own_taxonomy(weights: Weights) -> Taxonomy | None:
+    categories = weights.about.get("categories")
+    if not categories:
+        return None
+    try:
+        return Taxonomy.from_coco(categories)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{weights.source} has categories that are no list of classes ({error}). Give an undamaged copy of the "
+            f"file."
+        ) from error
+
+
+def _is_like(value: object, default: object) -> bool:
+    if _is_tuple(value) and _is_tuple(default):
+        return len(value) == len(default) and all(map(_is_like, value, default))
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -74,6 +113,10 @@ def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
 
 def _is_names(value: object) -> TypeGuard[Sequence[str]]:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)  # pyright: ignore[reportUnknownVariableType]  # checked here
+
+
+def _is_tuple(value: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(value, tuple)
 
 
 def _is_list(value: object) -> TypeGuard[list[Any]]:

@@ -15,6 +15,9 @@ from maskformer.weights.description import model_fields
 from maskformer.weights.names import Renamed
 from maskformer.weights.reading import Source, Weights, read
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -27,7 +30,9 @@ class LoadReport:
     unused: tuple[str, ...]
     """The file's that are not in the model, such as a classifier or constants."""
     reshaped: tuple[str, ...]
-    """Ours whose values were stacked, permuted, cast to float32, or moved to other classes."""
+    """Ours whose values were stacked, permuted, or moved to other classes."""
+    cast: tuple[str, ...]
+    """Ours that have another data type in the file."""
     classes_found: tuple[str, ...] = ()
     """If classes were moved: those of the data set that the file has."""
     classes_new: tuple[str, ...] = ()
@@ -41,6 +46,7 @@ class LoadReport:
                 ("missing", self.missing),
                 ("unused", self.unused),
                 ("re-shaped", self.reshaped),
+                ("cast to another data type", self.cast),
                 ("classes found by name", self.classes_found),
                 ("classes that start anew", self.classes_new),
             )
@@ -69,7 +75,8 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
         the state dict, in float32, and a report. A backbone alone gives names under `backbone.` only.
 
     Raises:
-        ValueError: the file cannot be read, holds another network or other classes, or has NaN or infinity.
+        ValueError: the file cannot be read, holds another network, other classes or tensors that are no weights, or
+            has NaN or infinity.
     """
     if taxonomy is not None and taxonomy.num_classes != config.num_classes:
         raise ValueError(
@@ -87,24 +94,26 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
             f"{weights.source} has {heads} attention heads, the configuration {config.num_heads}, which gives other "
             f"results with the same tensors. Set model.num_heads to {heads}."
         )
+    _check_names(weights, renamed, expected, config)
+    _check_kinds(weights, renamed, expected)
     moved = None
     if taxonomy is not None and all(name in renamed.tensors for name in HEAD):
         moved = move_classes(weights, renamed.tensors, taxonomy)
         if moved is not None:
             renamed = replace(renamed, tensors={**renamed.tensors, **moved.head})
-    _check_names(weights, renamed, expected, config)
     state, cast = _checked(weights, renamed, expected)
     for name in expected:
         # Frozen batch norms do not count, and detectron2's have no counter.
         if name.endswith("num_batches_tracked") and name.replace("num_batches_tracked", "running_var") in state:
             state.setdefault(name, torch.tensor(0))
-    reshaped = {*renamed.changed, *cast, *(moved.head if moved else ())}
+    reshaped = {*renamed.changed, *(moved.head if moved else ())}
     report = LoadReport(
         weights.source,
         layout.name,
         missing=tuple(name for name in expected if name not in state),
         unused=(*renamed.leftovers, *renamed.unknown),
         reshaped=tuple(name for name in expected if name in reshaped),
+        cast=tuple(name for name in expected if name in cast),
         classes_found=moved.found if moved else (),
         classes_new=moved.new if moved else (),
     )
@@ -141,6 +150,17 @@ def _check_names(weights: Weights, renamed: Renamed, expected: Mapping[str, Tens
         )
 
 
+def _check_kinds(weights: Weights, renamed: Renamed, expected: Mapping[str, Tensor]) -> None:
+    for name, tensor in renamed.tensors.items():
+        known = _FLOATS if expected[name].is_floating_point() else _INTEGERS
+        if tensor.dtype not in known or tensor.is_meta:
+            raise ValueError(
+                f"{weights.source} is not used: its tensor {renamed.foreign[name]} is of {tensor.dtype}"
+                f"{' without values (on the meta device)' if tensor.is_meta else ''}, where {name} must be one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in known)}. Save it as one of them."
+            )
+
+
 def _checked(
     weights: Weights, renamed: Renamed, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Sequence[str]]:
@@ -160,13 +180,13 @@ def _checked(
                 f"{weights.source} does not fit the model: its tensor {foreign} has the shape {tuple(tensor.shape)} "
                 f"where {name} has {shape}. {advice}"
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{weights.source} is not used: its tensor {foreign} holds NaN or infinity, so the training that wrote "
-                f"it had diverged. Give an earlier checkpoint."
-            )
         if tensor.dtype != expected[name].dtype:
             tensor = tensor.to(expected[name].dtype)
             cast.append(name)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{weights.source} is not used: its tensor {foreign} holds NaN or infinity in float32, so the training "
+                f"that wrote it had diverged. Give an earlier checkpoint."
+            )
         state[name] = tensor
     return state, cast

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import reprlib
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from maskformer.weights.pickles import RefusedError, load_pickle, load_torch
+from maskformer.weights.pickles import PickledArray, PickledTensor, RefusedError, load_pickle, load_torch
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, pickled
@@ -25,6 +27,7 @@ _FOLDER_FILES = (
     "pytorch_model.bin.index.json",
 )
 """What a folder of ours or of Hugging Face's has; an index lists the files that a large model is split into."""
+_WRAPPER = "module."
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ Source = str | Path | BinaryIO | Mapping[str, Tensor] | Weights
 def read(source: Source) -> Weights:
     """Read tensors by name from `torch.save`, a detectron2 pickle, safetensors, or a folder with `config.json`.
 
+    Where all names begin with `module.`, as in a checkpoint of torch's DistributedDataParallel, that is taken off.
+
     Raises:
-        ValueError: there is no such file, it is damaged, of no known format, holds more than data, or is a URI.
+        ValueError: there is no such file, it is damaged, of no known format, holds more than data, or is a URI; or
+            one of its tensors is not dense or has a data type that torch does not know.
     """
     if isinstance(source, Weights):
         return source
     if isinstance(source, Mapping):
-        return Weights("The state dict", dict(source))
+        return _unwrap(dict(source), "The state dict")
     if not isinstance(source, str | Path):
         return _read_file(source, str(getattr(source, "name", "The file")))
     if "://" in str(source):
@@ -60,6 +66,8 @@ def read(source: Source) -> Weights:
     try:
         if path.is_dir():
             return _read_folder(path)
+        if path.name in _FOLDER_FILES and path.suffix == ".json":
+            return _read_index(path)
         with path.open("rb") as file:
             weights = _read_file(file, str(path))
         if path.name in _FOLDER_FILES and (path.parent / "config.json").is_file():
@@ -78,13 +86,25 @@ def _read_folder(folder: Path) -> Weights:
             f"The folder {folder} holds no checkpoint: it has none of {', '.join(_FOLDER_FILES)}. Give a folder as "
             f"save_pretrained writes it, one of our checkpoints/step_* folders, or a file."
         )
-    if not name.endswith(".json"):
-        return read(folder / name)
-    about = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return read(folder / name)
+
+
+def _read_index(path: Path) -> Weights:
+    names = _read_json(path).get("weight_map")
+    files = set(names.values()) if _is_dict(names) else set[Any]()
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise ValueError(
+            f"{path} is no index of a model: its weight_map must name a file of the same folder for each tensor. Copy "
+            f"or download it again."
+        )
     tensors: dict[str, Tensor] = {}
-    for part in sorted(set(_read_json(folder / name).get("weight_map", {}).values())):
-        tensors.update(read(folder / part).tensors)
-    return Weights(str(folder), tensors, about)
+    for part in (path.with_name(file) for file in sorted(files)):
+        if not part.is_file():
+            raise ValueError(f"There is no file {part}, which the index {path} names. Copy or download it too.")
+        with part.open("rb") as file:
+            tensors.update(_read_file(file, str(part)).tensors)
+    config = path.with_name("config.json")
+    return Weights(str(path.parent), tensors, _read_json(config) if config.is_file() else {})
 
 
 def _read_file(file: BinaryIO, name: str) -> Weights:
@@ -105,7 +125,7 @@ def _read_file(file: BinaryIO, name: str) -> Weights:
             f"alone: save the model's state_dict() with torch.save, or as safetensors."
         ) from error
     except Exception as error:  # each library has many names for what it cannot read
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 300, placeholder=" ...")
         if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch the protection off
             reason = "its pickle is not one of plain data"
         raise ValueError(
@@ -136,7 +156,7 @@ def _load_safetensors(data: bytes) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
     if not _is_dict(content):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Copy or download it again.")
@@ -147,13 +167,18 @@ def _unwrap(content: Any, name: str) -> Weights:
     """Find the state dict: the file itself, or its `state_dict` (OpenMMLab, timm) or `model` (detectron2, Swin)."""
     about: dict[str, Any] = {}
     if _is_dict(content):
+        content = _plain(content)
         if _is_dict(content.get("about")):
             about = content["about"]
         elif _is_dict(content.get("meta")):
             about = {"meta": content["meta"]}
         inner = next((content[key] for key in ("state_dict", "model") if _is_dict(content.get(key))), content)
-        tensors = {key: tensor for key, value in inner.items() if (tensor := _as_tensor(value)) is not None}
+        tensors = {
+            key: tensor for key, value in _plain(inner).items() if (tensor := _as_tensor(value, key, name)) is not None
+        }
         if tensors:
+            if all(key.startswith(_WRAPPER) for key in tensors):
+                tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in tensors.items()}
             return Weights(name, tensors, about)
     raise ValueError(
         f"{name} holds no tensors by name, but {_describe(content)}. Give a state dict, alone or under the key "
@@ -161,17 +186,38 @@ def _unwrap(content: Any, name: str) -> Weights:
     )
 
 
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    # torch lets a file give its dictionaries attributes, `items` and `get` among them.
+    return dict(dict[str, Any].items(content))
+
+
 def _is_dict(value: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict)
 
 
-def _as_tensor(value: object) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if _is_array(value) and value.dtype.kind in "biuf":
-        native = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy, in this machine's byte order
-        return torch.from_numpy(native)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
-    return None
+def _as_tensor(value: object, key: object, name: str) -> Tensor | None:
+    try:
+        if isinstance(value, PickledArray):
+            value = value.to_numpy()
+        if isinstance(value, PickledTensor):
+            value = value.to_torch()
+        if _is_array(value):
+            native = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy, in this machine's byte order
+            value = torch.from_numpy(native)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
+    except Exception as error:  # of numpy's and torch's many kinds
+        raise ValueError(
+            f"{name} is not used: its tensor {_shown(key)} cannot be read ({error}). Save it in float32."
+        ) from error
+    if not isinstance(value, Tensor):
+        return None
+    if not isinstance(key, str) or not key.isprintable():
+        raise ValueError(f"{name} is not used: the key {_shown(key)} of a tensor is no name. Give a state dict.")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        raise ValueError(
+            f"{name} is not used: its tensor {_shown(key)} is sparse, quantised or nested. Save it as a dense one in "
+            f"float32."
+        )
+    return Tensor.detach(value)  # its own might be the file's
 
 
 def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:
@@ -180,5 +226,9 @@ def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:
 
 def _describe(content: object) -> str:
     if _is_dict(content):
-        return f"a dict with the keys {', '.join(map(str, list(content)[:5])) or '(none)'}"
+        return f"a dict with the keys {', '.join(map(_shown, list(content)[:5])) or '(none)'}"
     return f"a {type(content).__name__}"
+
+
+def _shown(key: object) -> str:
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else reprlib.repr(key)

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     output = tmp_path / "output"
     for message, *arguments in (
-        ("There is no file", tmp_path / "nothing", output, "own"),
+        ("There is nothing at", tmp_path / "nothing", output, "own"),
         ("is a web page", tmp_path / "page.pth", output, "own"),
         ("not a whole MaskFormer", tmp_path / "backbone.pth", output, "own"),
         ("not a whole model: it lacks 6 tensors", tmp_path / "half.pth", output, "own"),
@@ -99,3 +100,11 @@ def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
         assert error.count("\n") == 1
     assert not output.exists()
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_no_ray_is_needed() -> None:
+    code = "import sys; sys.modules['ray'] = None; from jobs.cli import run; from jobs.convert_weights import main; "
+    code += "sys.argv[1:] = ['--help']; run(main)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--input" in result.stdout

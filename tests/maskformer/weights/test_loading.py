@@ -102,8 +102,35 @@ def test_weights_of_a_diverged_training_are_refused(value: float, foreign: dict[
     name = "panoptic_head.mask_embed.2.bias"
     bad = foreign[name].clone()
     bad[3] = value
-    with pytest.raises(ValueError, match=rf"its tensor {name} holds NaN or infinity"):
-        weights.load({**foreign, name: bad}, R50_SMALL)
+    too_large = bad.double().nan_to_num(1e300, 1e300)
+    for tensor in (bad, too_large):
+        with pytest.raises(ValueError, match=rf"its tensor {name} holds NaN or infinity"):
+            weights.load({**foreign, name: tensor}, R50_SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.int8, torch.bool, torch.uint16])
+def test_only_floating_point_numbers_are_weights(dtype: torch.dtype, foreign: dict[str, Tensor]) -> None:
+    name = "panoptic_head.cls_embed.weight"
+    state = {**foreign, name: foreign[name].to(dtype)}
+    with pytest.raises(ValueError, match=rf"its tensor {name} is of {dtype}, where class_head\.weight must be one of"):
+        weights.load(state, R50_SMALL, taxonomy("a", "b", "c", "d"))
+
+
+def test_only_integers_count(foreign: dict[str, Tensor]) -> None:
+    name = "backbone.bn1.num_batches_tracked"
+    with pytest.raises(
+        ValueError, match=rf"its tensor {name} is of torch\.float32, where .* must be one of uint8, int8"
+    ):
+        weights.load({**foreign, name: torch.tensor(math.nan)}, R50_SMALL)
+    state, report = weights.load({**foreign, name: torch.tensor(7, dtype=torch.int32)}, R50_SMALL)
+    assert (state[name].dtype, report.cast) == (torch.int64, (name,))
+
+
+def test_tensors_without_values_are_refused(own: dict[str, Tensor]) -> None:
+    with pytest.raises(
+        ValueError, match=r"class_head\.bias is of torch\.float32 without values \(on the meta device\)"
+    ):
+        weights.load({**own, "class_head.bias": own["class_head.bias"].to("meta")}, TINY)
 
 
 def test_another_number_of_heads_is_refused(own: dict[str, Tensor]) -> None:
@@ -119,7 +146,8 @@ def test_another_number_of_heads_is_refused(own: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_everything_becomes_float32(dtype: torch.dtype, own: dict[str, Tensor]) -> None:
     state, report = weights.load({name: tensor.to(dtype) for name, tensor in own.items()}, TINY)
-    assert report.reshaped == tuple(own)
+    assert (report.cast, report.reshaped) == (tuple(own), ())
+    assert f"cast to another data type: {len(own)} (" in str(report)
     for name, tensor in own.items():
         assert state[name].dtype == torch.float32
         assert torch.equal(state[name], tensor.to(dtype).float())
@@ -154,6 +182,45 @@ def test_our_own_files_state_everything(own: dict[str, Tensor]) -> None:
     stated["config"]["model"]["wings"] = 2
     with pytest.raises(ValueError, match=r"a configuration with wings, which this version does not know"):
         weights.detect(Weights("model.safetensors", own, stated))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_classes": 5}, "with the backbone None, which this version does not know"),
+        ({"backbone": "vit"}, "with the backbone 'vit', which"),
+        ({"backbone": ["small"]}, r"with the backbone \('small',\), which"),
+        ({"backbone": "small", "num_classes": "x"}, "whose num_classes is 'x', where a value like 133 belongs"),
+        ({"backbone": "small", "pixel_std": [1, 2]}, r"whose pixel_std is \(1, 2\), where a value like"),
+    ],
+)
+def test_damaged_configurations_are_explained(model: dict[str, object], message: str, own: dict[str, Tensor]) -> None:
+    file = Weights("model.safetensors", own, {"config": {"model": model}})
+    for action in (weights.detect, lambda source: weights.load(source, TINY)):
+        with pytest.raises(ValueError, match=rf"^model\.safetensors has a configuration {message}"):
+            action(file)
+
+
+@pytest.mark.parametrize("categories", [5, [5], ["id name isthing"], [{"id": 1}], {"name": "cat"}])
+def test_damaged_categories_are_explained(categories: object, own: dict[str, Tensor]) -> None:
+    file = Weights("model.safetensors", own, {"categories": categories})
+    for action in (weights.class_names, weights.stated_taxonomy):
+        with pytest.raises(ValueError, match=r"^model\.safetensors has categories that are no list of classes \("):
+            action(file)
+
+
+def test_sizes_that_cannot_be_are_explained(foreign: dict[str, Tensor]) -> None:
+    queries, bias = "panoptic_head.query_embed.weight", "panoptic_head.cls_embed.bias"
+    for name, shape in ((queries, (5,)), (bias, ())):
+        state = {**foreign, name: torch.zeros(shape)}
+        with pytest.raises(ValueError, match=rf"^The state dict is not a MaskFormer: its tensor {name} has the shape"):
+            weights.detect(state)
+        with pytest.raises(ValueError, match=rf"does not fit the model: its tensor {name} has the shape"):
+            weights.load(state, R50_SMALL, taxonomy("a", "b", "c", "d"))
+    with pytest.raises(
+        ValueError, match=r"^The state dict holds a model that cannot be built: model\.hidden_dim must be"
+    ):
+        weights.detect({**foreign, queries: torch.zeros(5, 6)})
 
 
 def test_what_cannot_be_detected_is_said(own: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,33 @@ def test_the_file_inside_a_folder_knows_its_configuration(tmp_path: Path) -> Non
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", sharded(), {})
     (tmp_path / "folder" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no file .*model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"no file .*model-00002-of-00002\.safetensors, which the index .*index\.json names"
+    ):
+        read(tmp_path / "folder")
+
+
+def test_an_index_is_read_as_its_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", sharded(), {"id2label": {"0": "cat"}})
+    weights = read(tmp_path / "folder" / "model.safetensors.index.json")
+    assert same(weights)
+    assert (weights.source, class_names(weights)) == (str(tmp_path / "folder"), ("cat",))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, *({"weight_map": files} for files in ({}, ["a"], {"a": 1}, {"a": "../a"}, {"a": "/etc/passwd"}))],
+)
+def test_a_damaged_index_is_explained(index: object, tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", {"model.safetensors.index.json": json.dumps(index).encode()}, {})
+    with pytest.raises(ValueError, match=r"index\.json is no index of a model: its weight_map must"):
+        read(tmp_path / "folder")
+
+
+def test_an_index_is_no_part_of_itself(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors.index.json"}}
+    write_folder(tmp_path / "folder", {"model.safetensors.index.json": json.dumps(index).encode()}, {})
+    with pytest.raises(ValueError, match=r"index\.json is of an unknown format"):
         read(tmp_path / "folder")
 
 
@@ -299,6 +326,26 @@ def test_truncated_files_are_explained(kind: str, share: float, tmp_path: Path) 
     assert "weights_only" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
+def test_torchscript_is_refused() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:  # what tells torch that it is one
+        archive.writestr("model/constants.pkl", pickle.dumps(()))
+        archive.writestr("model/version", "3")
+    with pytest.raises(ValueError, match="beside tensors it holds a TorchScript program") as error:
+        read(io.BytesIO(file.getvalue()))
+    assert "weights_only" not in str(error.value)
+
+
+def test_reasons_are_short() -> None:
+    with pytest.raises(ValueError, match=r"alone \(EOFError\)\. Copy"):
+        read(io.BytesIO(legacy(TENSORS)[:20]))
+    names = pickle.dumps(("os\nsystem", "x" * 9000), 2)
+    with pytest.raises(ValueError, match=r"holds 'os\\nsystem\.xxx") as error:
+        read(io.BytesIO(names[:-4] + b"\x93."))  # STACK_GLOBAL instead of a tuple
+    assert len(str(error.value)) < 400
+
+
 def test_paths_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"There is no file {tmp_path}/nothing\. Give"):
         read(tmp_path / "nothing")
@@ -310,6 +357,35 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         read(tmp_path / "folder")
+
+
+def test_state_dicts() -> None:
+    """Of tensors or arrays, alone or in a checkpoint, with or without DistributedDataParallel's prefix."""
+    wrapped = {f"module.{name}": tensor for name, tensor in TENSORS.items()}
+    checkpoint: Any = {"meta": {"CLASSES": ("cat",)}, "state_dict": TENSORS}
+    for content in (arrays()["model"], arrays(), checkpoint, wrapped):
+        assert same(read(content))
+        assert same(read(io.BytesIO(zipped(content))))
+    assert class_names(read(checkpoint)) == ("cat",)
+    assert read({**wrapped, "a": torch.zeros(1)}).tensors.keys() == {*wrapped, "a"}
+
+
+NO_TENSORS: dict[str, Callable[[], dict[Any, Any]]] = {
+    "the key 1 of a tensor is no name": lambda: {**TENSORS, 1: torch.zeros(1)},
+    "the key 'a\\\\nb' of a tensor is no name": lambda: {"a\nb": torch.zeros(1)},
+    "its tensor c is sparse, quantised or nested": lambda: {"c": torch.eye(2).to_sparse()},
+    "its tensor d is sparse, quantised or nested": lambda: {
+        "d": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)
+    },
+    "its tensor e cannot be read": lambda: {"e": np.zeros(2, np.longdouble)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("message", NO_TENSORS)
+def test_what_is_no_tensor_by_name_is_refused(message: str) -> None:
+    with pytest.raises(ValueError, match=f"^The state dict is not used: {message}"):
+        read(NO_TENSORS[message]())
 
 
 def test_a_state_dict_is_taken_as_it_is() -> None:

@@ -1,0 +1,97 @@
+"""Say what a training run will take on a cluster, before anyone pays: memory, data CPUs, hours, price.
+
+python jobs/plan.py --recipe swin_l_mmdet --cluster.nodes 8 --price 2.5
+
+Starts nothing. What cannot work is refused with status 2, what will be slow is warned of. Every figure is marked
+measured, modelled, published or given; no figure was checked on a GPU.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from jobs.cli import parse, run
+from jobs.training import chosen_recipe
+from pipelines import recipes
+from pipelines.config import TRAIN_DATA, TrainConfig
+from pipelines.errors import UserError
+from pipelines.plan import Hardware, Machines, make_plan
+from pipelines.plan_report import Mark, Marks, report
+from pipelines.recipes import COCO_TRAIN_IMAGES, R50_MMDET
+
+IMAGES_PER_CPU = 70.0
+"""Measured by jobs/bench/augment.py on one core of an AMD EPYC, with the two photographs of the COCO sample."""
+COCO_MASKS = (11, 25, 67)
+"""Segments of an image of COCO's train2017: the mean and the 95th percentile, both about; and the most things,
+63 (arXiv:2005.12872, section 4), with four of stuff."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flags:
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    cluster: Hardware = field(default_factory=Hardware)
+    live: bool = False
+    """Ask the cluster at $RAY_ADDRESS for its nodes, GPUs and CPUs instead of taking them from --cluster.*."""
+    price: float | None = None
+    """Of one GPU for one hour, with its share of the machine."""
+    images_per_cpu_second: float = IMAGES_PER_CPU
+    """Training images that one CPU decodes and augments in a second; jobs/bench/augment.py measures it."""
+    masks: tuple[int, int, int] = COCO_MASKS
+    """Segments of an image: the mean, the 95th percentile and the most. COCO's by default."""
+
+    def __post_init__(self) -> None:
+        if not self.images_per_cpu_second > 0 or (self.price is not None and not self.price >= 0):
+            raise ValueError("--images-per-cpu-second must be above 0 and --price not below.")
+        if not 0 <= self.masks[0] <= self.masks[1] <= self.masks[2]:
+            raise ValueError(f"--masks must rise from the mean to the most, got {self.masks}.")
+
+
+def main() -> None:
+    published = [value for value in vars(recipes).values() if isinstance(value, TrainConfig)]
+    flags = parse(_Flags, _Flags(config=chosen_recipe((R50_MMDET, *published))), __doc__)
+    images, source, counted = _images(flags.config)
+    asked = "measured" if flags.live else "given"
+    rate = "measured" if flags.images_per_cpu_second == IMAGES_PER_CPU else "given"
+    plan = make_plan(
+        flags.config,
+        flags.cluster,
+        _ask() if flags.live else flags.cluster.machines(flags.config),
+        images=images,
+        masks=flags.masks,
+        images_per_cpu=flags.images_per_cpu_second,
+    )
+    print(report(plan, Marks(images=counted, cluster=asked, images_per_cpu=rate), source, flags.price))
+
+
+def _images(config: TrainConfig) -> tuple[int, str, Mark]:
+    """Return the number of training images, where it comes from, and its mark."""
+    uri = config.data.train or os.environ.get(TRAIN_DATA, "")
+    if not uri:
+        source = f"COCO train2017, without any filter (--data.train or ${TRAIN_DATA} counts those of a pack)"
+        return COCO_TRAIN_IMAGES, source, "published"
+    from pipelines.data.manifest import open_pack
+
+    samples = open_pack(uri, config.data.require_thing)
+    return len(samples), samples.uri, "measured"
+
+
+def _ask() -> Machines:
+    """Count the machines of the live cluster.
+
+    Raises:
+        UserError: no cluster is named, or it cannot be joined.
+    """
+    import ray  # --help should not
+
+    from pipelines import cluster
+
+    if not cluster.is_remote():
+        raise UserError("--live asks a cluster, and RAY_ADDRESS names none. Set it, or describe one by --cluster.*.")
+    with cluster.session():
+        return Machines.of(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+if __name__ == "__main__":
+    run(main)

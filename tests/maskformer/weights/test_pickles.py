@@ -1,0 +1,160 @@
+"""What a planted pickle can do to this process: nothing."""
+
+import codecs
+import io
+import pickle
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+from maskformer.weights import read
+
+
+class Planted:
+    """Pickles as any call, with any state."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def rebuilder(value: Any, protocol: int = 2) -> Any:
+    return value.__reduce_ex__(protocol)[0]
+
+
+OBJECTS = Planted(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+"""A data type that says it holds no references, which numpy believes."""
+SET_ITEM = b"K\x00U\x01xs."
+ADDRESS = b"A" * 8
+POINTERS = {
+    "ndarray": Planted(np.ndarray, ((1,), np.dtype("O"), bytearray(ADDRESS))),
+    "reconstruct": Planted(rebuilder(np.array(0)), (np.ndarray, (0,), b"b"), (1, (1,), OBJECTS, False, ADDRESS)),
+    "frombuffer": Planted(rebuilder(np.array(0), 5), (bytearray(ADDRESS), OBJECTS, (1,), "C")),
+}
+
+
+def test_numpy_follows_no_pointer_of_a_file(tmp_path: Path) -> None:
+    """Setting an item of an array of objects gives up what was there: here, an object at 0x4141414141414141."""
+    for name, array in POINTERS.items():
+        (tmp_path / f"{name}.item").write_bytes(pickle.dumps(array, 5)[:-1] + SET_ITEM)
+        (tmp_path / f"{name}.model").write_bytes(pickle.dumps({"model": {"a": array}}, 5))
+    files = sorted(map(str, tmp_path.iterdir()))
+    code = """
+import sys
+from maskformer.weights import read
+for path in sys.argv[1:]:
+    try:
+        read(path)
+    except ValueError as error:
+        print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr) == (0, "")
+    lines = child.stdout.splitlines()
+    assert len(lines) == len(files)
+    for path, line in zip(files, lines, strict=True):
+        assert re.match(rf"{path} is (damaged.* item assignment|not used: its tensor a cannot be read)", line)
+
+
+@pytest.mark.parametrize("slots", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._utils _rebuild_tensor_v2",
+        "torch.storage _load_from_bytes",
+        "_codecs encode",
+        "numpy dtype",
+        "numpy ndarray",
+        "numpy.core.multiarray scalar",
+        "collections OrderedDict",
+    ],
+)
+def test_a_file_sets_no_attribute_of_what_it_names(name: str, slots: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rebuild_tensor_v2, "__defaults__", _rebuild_tensor_v2.__defaults__)
+    attributes = {"__defaults__": ("planted",)}
+    state = pickle.dumps((None, attributes) if slots else attributes, 2)[2:-1]
+    data = b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n" + state + b"b."
+    with pytest.raises(ValueError, match=r"is damaged, .*'_Name' object has no attribute"):
+        read(io.BytesIO(data))
+    assert _rebuild_tensor_v2.__defaults__ == (None,)
+
+
+def test_attributes_of_dictionaries_do_nothing() -> None:
+    """A file can set them in torch's reader."""
+    for write in (torch.save, pickle.dump):
+        items = iter([("a", torch.zeros(2))])
+        file = io.BytesIO()
+        write({"model": Planted(OrderedDict, (), {"items": 5, "get": 5}, None, items)}, file)
+        file.seek(0)
+        assert read(file).tensors["a"].tolist() == [0, 0]
+
+
+def test_only_the_encoding_of_bytes() -> None:
+    data = pickle.dumps({"model": Planted(codecs.encode, ("x", "uu\n" * 500))}, 2)
+    with pytest.raises(ValueError, match=r"it holds '_codecs\.encode to uu\\nuu") as error:
+        read(io.BytesIO(data))
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+ARRAYS = {
+    "C": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "Fortran": np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+    "big endian": np.arange(6, dtype=">i2").reshape(3, 2),
+    "half": np.array([0.5, -2], np.float16),
+    "bool": np.array([True, False]),
+    "byte": np.array([1, 255], np.uint8),
+    "one": np.array(7),
+    "scalar": np.float32(0.25),
+    "none": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_are_what_numpy_reads(protocol: int) -> None:
+    known = {name: array for name, array in ARRAYS.items() if protocol > 2 or name != "none"}
+    data = pickle.dumps({"model": known}, protocol)
+    expected = pickle.loads(data)["model"]
+    for name, tensor in read(io.BytesIO(data)).tensors.items():
+        array = expected.pop(name)
+        assert tensor.numpy().dtype == array.dtype.newbyteorder("="), name
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    assert not expected
+
+
+FLOAT = Planted(np.dtype, ("f4", False, True), (3, "<", None, None, None, -1, -1, 0))
+
+
+def array(*state: Any) -> Planted:
+    return Planted(rebuilder(np.array(0)), (np.ndarray, (0,), b"b"), state)
+
+
+ODD = {
+    "its numpy data type '<f16' is not one of numbers": np.zeros(2, np.longdouble),
+    "its numpy data type '|O8' is not one of numbers": np.array([None, 1]),
+    "its numpy data type '<c8' is not one of numbers": np.zeros(2, np.complex64),
+    "its 8 bytes are not as many as its shape says": array(1, (3,), FLOAT, False, b"A" * 8),
+    "its 4 bytes are not as many as its shape says": array(1, (-1, -1), FLOAT, False, b"A" * 4),
+    "it is not an array of numbers": array(1, ("x",), FLOAT, False, b"A" * 4),
+    "out of bounds": Planted(_rebuild_tensor_v2, (torch.zeros(2)._typed_storage(), 0, (2,), (-9,), False, {})),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_arrays_that_cannot_be_read_are_named(message: str) -> None:
+    message, value = message.replace("out of bounds", ""), ODD[message]
+    with pytest.raises(
+        ValueError, match=rf"^The file is not used: its tensor a\.b cannot be read \(.*{message}"
+    ) as error:
+        read(io.BytesIO(pickle.dumps({"model": {"a.b": value}}, 4)))
+    assert "\n" not in str(error.value)
