@@ -6,20 +6,19 @@ Starts nothing. What cannot work is refused with status 2, what will be slow is 
 measured, modelled, published or given; no figure was checked on a GPU.
 """
 
-import os
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
 from jobs.cli import parse, run
-from jobs.training import chosen_recipe
+from jobs.training import chosen_recipe, training_images
 from pipelines import recipes
-from pipelines.config import TRAIN_DATA, TrainConfig
+from pipelines.config import TrainConfig
 from pipelines.errors import UserError
 from pipelines.plan import Hardware, Machines, make_plan
-from pipelines.plan_report import Mark, Marks, report
-from pipelines.recipes import COCO_TRAIN_IMAGES, R50_MMDET
+from pipelines.plan_report import Marks, report
+from pipelines.recipes import R50_MMDET
 
 IMAGES_PER_CPU = 70.0
 """Measured by jobs/bench/augment.py on one core of an AMD EPYC, with the two photographs of the COCO sample."""
@@ -51,7 +50,7 @@ class _Flags:
 def main() -> None:
     published = [value for value in vars(recipes).values() if isinstance(value, TrainConfig)]
     flags = parse(_Flags, _Flags(config=chosen_recipe((R50_MMDET, *published))), __doc__)
-    images, source, counted = _images(flags.config)
+    images, source, counted = training_images(flags.config)
     asked = "measured" if flags.live else "given"
     rate = "measured" if flags.images_per_cpu_second == IMAGES_PER_CPU else "given"
     plan = make_plan(
@@ -62,19 +61,14 @@ def main() -> None:
         masks=flags.masks,
         images_per_cpu=flags.images_per_cpu_second,
     )
-    print(report(plan, Marks(images=counted, cluster=asked, images_per_cpu=rate), source, flags.price))
-
-
-def _images(config: TrainConfig) -> tuple[int, str, Mark]:
-    """Return the number of training images, where it comes from, and its mark."""
-    uri = config.data.train or os.environ.get(TRAIN_DATA, "")
-    if not uri:
-        source = f"COCO train2017, without any filter (--data.train or ${TRAIN_DATA} counts those of a pack)"
-        return COCO_TRAIN_IMAGES, source, "published"
-    from pipelines.data.manifest import open_pack
-
-    samples = open_pack(uri, config.data.require_thing)
-    return len(samples), samples.uri, "measured"
+    print(
+        report(
+            plan,
+            Marks(images="measured" if counted else "published", cluster=asked, images_per_cpu=rate),
+            source,
+            flags.price,
+        )
+    )
 
 
 def _ask() -> Machines:

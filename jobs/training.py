@@ -27,7 +27,10 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
     """
     flags = parse(_Flags, _Flags(config=chosen_recipe(recipes)), description)
     if flags.describe:
-        _print_description(flags.config)
+        from pipelines.describe import describe
+
+        images, source, _ = training_images(flags.config)
+        print(describe(flags.config, images, source))
         return 0
     from pipelines.training import fit  # imports Ray, which --help should not
 
@@ -53,15 +56,14 @@ def chosen_recipe(recipes: tuple[TrainConfig, ...]) -> TrainConfig:
     return by_name[name]
 
 
-def _print_description(config: TrainConfig) -> None:
+def training_images(config: TrainConfig) -> tuple[int, str, bool]:
+    """Count the images to train on: return their number, where they come from, and whether a pack was counted."""
     from pipelines.data.manifest import open_pack
-    from pipelines.describe import describe
 
     uri = config.data.train or os.environ.get(TRAIN_DATA, "")
-    if uri:
-        samples = open_pack(uri, config.data.require_thing)
-        left_out = f", {samples.num_left_out:,} more left out without a thing" if config.data.require_thing else ""
-        print(describe(config, len(samples), f"of {samples.uri}{left_out}"))
-    else:
+    if not uri:
         source = f"of COCO train2017, none left out: --data.train or ${TRAIN_DATA} counts those of a pack"
-        print(describe(config, COCO_TRAIN_IMAGES, source))
+        return COCO_TRAIN_IMAGES, source, False
+    samples = open_pack(uri, config.data.require_thing)
+    left_out = f", {samples.num_left_out:,} more left out without a thing" if config.data.require_thing else ""
+    return len(samples), f"of {samples.uri}{left_out}", True

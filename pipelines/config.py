@@ -97,6 +97,11 @@ class ScalingConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"scaling.{name} must be positive, got {getattr(self, name)}.")
 
+    @property
+    def cpus(self) -> float:
+        """CPUs of the whole run: of its workers and of the data tasks."""
+        return self.workers * self.cpus_per_worker + self.data_cpus
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -246,10 +246,9 @@ def _require_machines(config: TrainConfig, machines: Machines) -> None:
             f"node(s). Use more --cluster.nodes, or fewer --scaling.workers: the global batch of "
             f"{config.run.global_batch} stays, by accumulation."
         )
-    needed = scaling.workers * scaling.cpus_per_worker + scaling.data_cpus
-    if needed > machines.cpus + 1e-6:
+    if scaling.cpus > machines.cpus + 1e-6:
         raise UserError(
-            f"The run takes {needed:g} CPUs ({scaling.workers} workers x {scaling.cpus_per_worker:g} and "
+            f"The run takes {scaling.cpus:g} CPUs ({scaling.workers} workers x {scaling.cpus_per_worker:g} and "
             f"{scaling.data_cpus:g} for the data) and the cluster has {machines.cpus:g}. Lower --scaling.data-cpus or "
             f"--scaling.cpus-per-worker, or use a larger cluster."
         )

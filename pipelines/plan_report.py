@@ -22,7 +22,7 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
     """Return the plan as text, its warnings last.
 
     Args:
-        source: where the number of images comes from.
+        source: where the images come from, in words.
         price: of a GPU hour; None gives the price as a formula.
     """
     config, hardware, machines = plan.config, plan.hardware, plan.machines
@@ -38,7 +38,7 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
         ("recipe", "given", config.recipe),
         ("cluster", marks.cluster, f"{machines.nodes} node(s), {machines.gpus:g} GPUs, {machines.cpus:g} CPUs"),
         ("batch", "given", f"{config.plan} accumulated"),
-        ("images", marks.images, f"{plan.images:,} of {source}"),
+        ("images", marks.images, f"{plan.images:,} {source}"),
         ("steps", counted, f"{plan.steps:,} = {plan.steps * config.run.global_batch:,} images"),
         ("state", "measured",
             f"{state.total / GB:.2f} GB on each {'GPU' if on_gpu else 'worker'}: parameters "

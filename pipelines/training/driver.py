@@ -211,7 +211,7 @@ def _per_worker(config: TrainConfig) -> dict[str, float]:
 def _require_cluster(config: TrainConfig) -> None:
     scaling = config.scaling
     needed = {kind: amount * scaling.workers for kind, amount in _per_worker(config).items()}
-    needed["CPU"] += scaling.data_cpus
+    needed["CPU"] = scaling.cpus
     cluster.require(
         needed,
         f"{scaling.workers} workers take {scaling.cpus_per_worker:g} CPU each, the data tasks {scaling.data_cpus:g}. "
