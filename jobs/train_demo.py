@@ -3,17 +3,17 @@
 from dataclasses import replace
 
 from jobs.cli import parse, run
-from pipelines.config import TrainConfig
+from jobs.training import TrainFlags, chosen_recipe
 from pipelines.recipes import DEMO
 
 
 def main() -> int:
     default = replace(DEMO, run=replace(DEMO.run, storage="runs"))
-    config = parse(TrainConfig, default, __doc__)
+    flags = parse(TrainFlags, TrainFlags(training=chosen_recipe((default,))), __doc__)
 
     from pipelines.demo import ALIAS, MODEL_NAME, run_demo  # imports Ray, which --help should not
 
-    report = run_demo(config)
+    report = run_demo(flags.training)
     if report.published is None:
         print(f"Stopped at step {report.training.step}; the same command goes on.")
         return 130

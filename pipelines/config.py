@@ -140,6 +140,8 @@ class TrackingConfig:
     experiment: str = "maskformer"
     log_every: int = 20
     """Steps between logged losses."""
+    parent: str = ""
+    """Id of the MLflow run that this one is a part of, such as a sweep's."""
 
     def __post_init__(self) -> None:
         _at_least("tracking", self, log_every=1)
@@ -219,6 +221,33 @@ class PublishConfig:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What a sweep tries, how many at a time, and which it gives up early."""
+
+    space: tuple[str, ...] = ()
+    """Leaves to vary: `optimizer.lr=1e-5..1e-3:log` (a range, logarithmic), `model.drop_path=0..0.4` (a range),
+    `loss.dice_weight=1,2,5` (choices)."""
+    trials: int = 8
+    """Combinations to try: a Latin hypercube of the ranges; of choices alone, each combination at most once."""
+    grace_period: int | None = None
+    """Steps that every trial is given before it may be stopped. Default: `evaluation.every`."""
+    reduction_factor: int = 3
+    """At the grace period, and at each multiple of it by this factor, only the best 1 in this many go on."""
+    concurrency: int | None = None
+    """Trials at a time. Default: as many as the cluster holds, with their workers and data tasks."""
+    keep_gigabytes: float = 50
+    """Checkpoints of trials that have ended are deleted, the worst first, beyond this; the best one's stay."""
+
+    def __post_init__(self) -> None:
+        _at_least("sweep", self, trials=1, reduction_factor=2)
+        for name in ("grace_period", "concurrency"):
+            if getattr(self, name) is not None:
+                _at_least("sweep", self, **{name: 1})
+        if not self.keep_gigabytes >= 0:
+            raise ValueError(f"sweep.keep_gigabytes must not be negative, got {self.keep_gigabytes}.")
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return the configuration that is run: every place absolute, every default decided.
 
@@ -270,35 +299,9 @@ def tracking_uri(uri: str, storage: str) -> str:
     return f"{_SQLITE}{absolute(storage)}/mlflow.db"
 
 
-_FREE = (
-    "scaling.", "checkpoint.", "evaluation.", "tracking.", "run.storage", "run.sample_log",
-    "data.train", "data.val", "data.samples_per_task", "data.prefetch",
-)  # fmt: skip
-"""Leaves that may change when a run goes on: they move it or pace it, but do not change what it computes."""
-
-
-_ABSENT = object()
-
-
-def differing_leaves(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List the leaves, among those that decide the result, in which two JSON-able configurations differ."""
-    before, after = leaves(old), leaves(new)
-    return [
-        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        for name in sorted(before.keys() | after.keys())
-        if not name.startswith(_FREE) and before.get(name, _ABSENT) != after.get(name, _ABSENT)
-    ]
-
-
-def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries to dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat.update(leaves(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+def without_none(hint: Any) -> Any:
+    """Return X for the type `X | None`."""
+    return next(inner for inner in hint.__args__ if inner is not type(None))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -329,7 +332,7 @@ def _rebuilt(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value)
     if isinstance(hint, types.UnionType):
-        return value if value is None else _rebuilt(next(h for h in hint.__args__ if h is not type(None)), value)
+        return value if value is None else _rebuilt(without_none(hint), value)
     return tuple(_rebuilt(None, item) for item in value) if isinstance(value, list) else value
 
 

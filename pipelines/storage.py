@@ -74,6 +74,12 @@ class Location:
         with _explained("list", self):
             return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
+    def size(self) -> int:
+        """Count the bytes of all files in this folder; an absent folder has none."""
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        with _explained("list", self):
+            return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))
+
     def read_bytes(self) -> bytes:
         with _explained("read", self), self.filesystem.open_input_stream(self.path) as stream:
             return stream.read()
@@ -134,11 +140,7 @@ def _explained(action: str, place: Location) -> Iterator[None]:
         raise
     except OSError as error:
         if not place.is_local:
-            raise UserError(
-                f"Cannot {action} {place}: {' '.join(str(error).split())}. Check that the bucket exists and may be "
-                f"used with the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an instance role), "
-                f"the region (AWS_DEFAULT_REGION) and the endpoint (AWS_ENDPOINT_URL) of the environment."
-            ) from error
+            raise UserError(f"Cannot {action} {place}: {_one_line(error)}. {_credentials_hint()}") from error
         if error.errno in _FULL:
             raise UserError(
                 f"Cannot {action} {place}: no space is left ({error.strerror}). What was finished before stays "
@@ -149,6 +151,19 @@ def _explained(action: str, place: Location) -> Iterator[None]:
                 f"Cannot {action} {place}: {os.strerror(error.errno)}. Choose a place that this user may {action}."
             ) from error
         raise
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _credentials_hint() -> str:
+    keys = "are set" if os.environ.get("AWS_ACCESS_KEY_ID") else "are not set here"
+    return (
+        f"Check that the bucket exists and may be used with the credentials (AWS_ACCESS_KEY_ID and "
+        f"AWS_SECRET_ACCESS_KEY, which {keys}, or a role of the machine), the region (AWS_DEFAULT_REGION) and the "
+        f"endpoint (AWS_ENDPOINT_URL) of the environment."
+    )
 
 
 def locate(uri: str | os.PathLike[str]) -> Location:
@@ -171,8 +186,8 @@ def locate(uri: str | os.PathLike[str]) -> Location:
         filesystem, root = _remote(f"{scheme}://{bucket}", _settings())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
-            f"Cannot open {uri}: {' '.join(str(error).split())}. Use a path or a URI such as s3://bucket/folder, and "
-            f"check the AWS_* variables of the environment."
+            f"Cannot open {uri}: {_one_line(error)}. Use a path or a URI such as s3://bucket/folder. "
+            f"{_credentials_hint()}"
         ) from error
     return Location(filesystem, posixpath.join(root, key) if key else root, uri)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import sqlite3
+import tempfile
 import threading
 import time
 import urllib.error
@@ -19,10 +20,11 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
-from pipelines.config import leaves
 from pipelines.errors import UserError
+from pipelines.leaves import leaves
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +70,16 @@ def check(uri: str) -> None:
         )
 
 
-def open_run(uri: str, experiment: str, name: str, folder: str, config: dict[str, Any]) -> str:
+def open_run(uri: str, experiment: str, name: str, folder: str, config: dict[str, Any], parent: str = "") -> str:
     """Return the id of the MLflow run that belongs to a run's folder, made now if there is none.
+
+    With `parent`, the id of another run, MLflow shows it below that one.
 
     Raises:
         UserError: MLflow refuses.
     """
     try:
-        return _open_run(MlflowClient(uri), uri, experiment, name, folder, config)
+        return _open_run(MlflowClient(uri), uri, experiment, name, folder, config, parent)
     except MlflowException as error:
         raise UserError(
             f"MLflow at {uri} refuses the run: {' '.join(str(error).split())[:500]} Mend it, or choose another "
@@ -83,13 +87,16 @@ def open_run(uri: str, experiment: str, name: str, folder: str, config: dict[str
         ) from error
 
 
-def _open_run(client: MlflowClient, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any]) -> str:
+def _open_run(
+    client: MlflowClient, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any], parent: str
+) -> str:
     experiment_id = _experiment(client, uri, experiment)
     quote = '"' if "'" in folder else "'"
     found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
     if found:
         return found[0].info.run_id
-    run_id = client.create_run(experiment_id, run_name=name, tags={_FOLDER_TAG: folder}).info.run_id
+    tags = {_FOLDER_TAG: folder, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
     params = [Param(key, str(value)) for key, value in leaves(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
@@ -114,6 +121,23 @@ def status(uri: str, run_id: str) -> str:
 def set_status(uri: str, run_id: str, status: str) -> None:
     """Set what `status` returns."""
     MlflowClient(uri).update_run(run_id, status=status)
+
+
+def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """Return a metric's steps and values, as they were logged."""
+    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, metric)]
+
+
+def log_files(uri: str, run_id: str, files: dict[str, bytes]) -> None:
+    """Log files by their names as artifacts of a run; warn if MLflow is away."""
+    try:
+        check(uri)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            MlflowClient(uri).log_artifacts(run_id, folder)
+    except (UserError, MlflowException) as error:
+        logger.warning("MLflow does not have %s of run %s: %s", ", ".join(files), run_id, error)
 
 
 def close_run(uri: str, run_id: str, status: str, tags: dict[str, str]) -> None:

@@ -13,10 +13,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maskformer import Taxonomy, build_model
 from pipelines import checkpoint, cluster, pretrained, tracking
-from pipelines.config import TrainConfig, differing_leaves, resolve, to_dict
-from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.config import TrainConfig, resolve, to_dict
+from pipelines.data.manifest import MANIFEST_FILE, PackedSet, open_pack
 from pipelines.data.order import total_steps
 from pipelines.errors import RunFailed, UserError
+from pipelines.leaves import differing_leaves
 from pipelines.storage import Location, locate
 from pipelines.training import ledger, watch
 from pipelines.training.control import Control
@@ -39,7 +40,22 @@ class TrainResult:
     mlflow_run_id: str
 
 
-def fit(config: TrainConfig) -> TrainResult:
+def check(config: TrainConfig) -> tuple[TrainConfig, PackedSet, int]:
+    """Look, without starting anything, whether a run is possible; return it resolved, its data and its steps.
+
+    Raises:
+        UserError: the configuration, the data or the surroundings make it impossible.
+    """
+    config = resolve(config)
+    _require_device(config)
+    samples = open_pack(config.data.train, config.data.require_thing)
+    _check_classes(config, samples)
+    tracking.check(config.tracking.uri)
+    steps = config.run.steps or total_steps(config.run.epochs, len(samples), config.run.global_batch)
+    return config, samples, steps
+
+
+def fit(config: TrainConfig, listener: watch.Listener | None = None) -> TrainResult:
     """Train until the last step, starting a run or continuing the one of the same name in the same storage.
 
     Blocks; workers that die are started again inside.
@@ -48,14 +64,9 @@ def fit(config: TrainConfig) -> TrainResult:
         UserError: the configuration, the data or the surroundings make the run impossible; nothing was started.
         RunFailed: the run was started and failed; its cause is in the message and in the ledger.
     """
-    config = resolve(config)
-    _require_device(config)
-    samples = open_pack(config.data.train, config.data.require_thing)
-    _check_classes(config, samples)
-    tracking.check(config.tracking.uri)
-    steps = config.run.steps or total_steps(config.run.epochs, len(samples), config.run.global_batch)
+    config, samples, steps = check(config)
     run = locate(config.run.storage) / config.run.name
-    _check_weights(config, run, samples.taxonomy)
+    check_weights(config, run, samples.taxonomy)
     record = {"config": to_dict(config), "data_hash": samples.data_hash, "total_steps": steps}
     earlier = _earlier_record(run, record)
     logger.info(
@@ -66,18 +77,25 @@ def fit(config: TrainConfig) -> TrainResult:
     if earlier and done and done.step == steps:
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
         return _result("finished", config, run, steps, earlier["mlflow_run_id"])
+    cluster.require_lasting({"--run.storage": config.run.storage, "--tracking.uri": config.tracking.uri})
     _check_writable(locate(config.run.storage))
     with cluster.session():
-        _require_cluster(config)
+        require_cluster(config)
+        _require_shared(config)
         mlflow_run_id = tracking.open_run(
-            config.tracking.uri, config.tracking.experiment, config.run.name, str(run), record["config"]
+            config.tracking.uri,
+            config.tracking.experiment,
+            config.run.name,
+            str(run),
+            record["config"],
+            config.tracking.parent,
         )
         tracking.set_status(config.tracking.uri, mlflow_run_id, "RUNNING")
         (run / "config.json").write_text(json.dumps({**record, "mlflow_run_id": mlflow_run_id}, indent=1))
-        return _train(config, run, steps, mlflow_run_id)
+        return _train(config, run, steps, mlflow_run_id, listener or watch.Listener())
 
 
-def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -> TrainResult:
+def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str, listener: watch.Listener) -> TrainResult:
     # Beside the driver: it must not go down with another node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     control = Control.options(scheduling_strategy=here).remote()
@@ -100,7 +118,7 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.workers,
             use_gpu=config.scaling.device == "cuda",
-            resources_per_worker=_per_worker(config),
+            resources_per_worker=per_worker(config),
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
@@ -114,7 +132,7 @@ def _train(config: TrainConfig, run: Location, steps: int, mlflow_run_id: str) -
         ),
     )
     try:
-        outcome, cause = watch.follow(trainer.fit, control, book)
+        outcome, cause = watch.follow(trainer.fit, control, book, listener)
     except BaseException as error:
         if book.open:
             book.add("end", status="broken off", cause=type(error).__name__, step=None)
@@ -188,14 +206,19 @@ def _check_writable(storage: Location) -> None:
     probe.delete()
 
 
-def _check_weights(config: TrainConfig, run: Location, taxonomy: Taxonomy) -> None:
-    """Find out now whether the workers of a new run will be able to load its first weights."""
+def check_weights(config: TrainConfig, run: Location, taxonomy: Taxonomy) -> None:
+    """Find out now whether the workers of a new run will be able to load its first weights.
+
+    Raises:
+        UserError: they will not.
+    """
     if config.weights != "none" and not checkpoint.steps_saved(run):
         logger.info("%s", pretrained.start(build_model(config.model), config.weights, taxonomy))
 
 
 def _require_device(config: TrainConfig) -> None:
-    if config.scaling.device == "cuda" and not torch.cuda.is_available() and not cluster.is_remote():
+    elsewhere = cluster.is_remote() or ray.is_initialized()  # then the cluster itself is asked
+    if config.scaling.device == "cuda" and not torch.cuda.is_available() and not elsewhere:
         raise UserError(
             f"The recipe {config.recipe} trains on {config.scaling.workers} GPUs and this machine has none. Set "
             f"RAY_ADDRESS to a cluster that has them, or run it here, slowly, with: --scaling.device cpu "
@@ -203,21 +226,40 @@ def _require_device(config: TrainConfig) -> None:
         )
 
 
-def _per_worker(config: TrainConfig) -> dict[str, float]:
+def per_worker(config: TrainConfig) -> dict[str, float]:
+    """Return what each worker takes from the cluster, as Ray names it."""
     gpu = {"GPU": 1.0} if config.scaling.device == "cuda" else {}
     return {"CPU": config.scaling.cpus_per_worker, **gpu}
 
 
-def _require_cluster(config: TrainConfig) -> None:
+def resources(config: TrainConfig) -> dict[str, float]:
+    """Return what a run takes from the cluster, as Ray names it: its workers and its data tasks."""
+    workers = {kind: amount * config.scaling.workers for kind, amount in per_worker(config).items()}
+    return {**workers, "CPU": config.scaling.cpus}
+
+
+def require_cluster(config: TrainConfig) -> None:
+    """Refuse a run that the cluster can never hold.
+
+    Raises:
+        UserError: with what is needed and what there is.
+    """
     scaling = config.scaling
-    needed = {kind: amount * scaling.workers for kind, amount in _per_worker(config).items()}
-    needed["CPU"] = scaling.cpus
     cluster.require(
-        needed,
+        resources(config),
         f"{scaling.workers} workers take {scaling.cpus_per_worker:g} CPU each, the data tasks {scaling.data_cpus:g}. "
         f"Lower --scaling.workers, --scaling.cpus-per-worker or --scaling.data-cpus (fractions are allowed), "
         f"or use a larger cluster.",
     )
+
+
+def _require_shared(config: TrainConfig) -> None:
+    """Refuse data, a storage or a database of MLflow's that only this node of the cluster has."""
+    packs = {"--data.train": config.data.train, "--data.val": config.data.val}
+    files = {flag: f"{uri}/{MANIFEST_FILE}" for flag, uri in packs.items() if uri}
+    if config.tracking.uri.startswith("sqlite:///"):
+        files["--tracking.uri"] = config.tracking.uri.removeprefix("sqlite:///")
+    cluster.require_shared(config.run.storage, files)
 
 
 def _compare_surroundings(run: Location, config: TrainConfig) -> None:

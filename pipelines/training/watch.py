@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -19,18 +20,29 @@ _SAME_FAILURES = 3
 """A failure that repeats itself this often at one step is taken for one that will not go away."""
 
 
-def follow(fit: Callable[[], ray.train.Result], control: Any, book: ledger.Ledger) -> tuple[dict[str, Any] | None, str]:
+@dataclass(frozen=True)
+class Listener:
+    """Whoever started a run from a program: hears of its quality, and may end it as Ctrl-C would."""
+
+    on_quick_pq: Callable[[int, float], None] = lambda step, pq: None
+    """Called with the steps done and the quick PQ, a fraction."""
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def follow(
+    fit: Callable[[], ray.train.Result], control: Any, book: ledger.Ledger, listener: Listener
+) -> tuple[dict[str, Any] | None, str]:
     """Run `fit` to its end; return the workers' outcome, or None and the cause of the failure.
 
     Raises:
         KeyboardInterrupt: a second Ctrl-C, or a first one before there was anything to save.
     """
     with _Interrupts() as interrupts:
-        return _watch(_in_thread(fit), interrupts, control, book)
+        return _watch(_in_thread(fit), interrupts, control, book, listener)
 
 
 def _watch(
-    future: Future[ray.train.Result], interrupts: "_Interrupts", control: Any, book: ledger.Ledger
+    future: Future[ray.train.Result], interrupts: "_Interrupts", control: Any, book: ledger.Ledger, listener: Listener
 ) -> tuple[dict[str, Any] | None, str]:
     """Follow the run until it ends; return the workers' outcome, or None and the cause of the failure."""
     stopping, last_step, finished, begun = False, 0, False, len(book.events)
@@ -39,12 +51,14 @@ def _watch(
         finished = bool(wait([future], timeout=1).done)
         if interrupts.count > 1 or (interrupts.count and not book.open):  # impatient, or nothing to save yet
             raise KeyboardInterrupt
-        if interrupts.count and not stopping:
+        if (interrupts.count or listener.stop.is_set()) and not stopping:
             stopping = True
             ray.get(control.request_stop.remote())
             logger.info("Stopping: the state is saved after the current step. Ctrl-C again stops at once.")
         events, progress = ray.get(control.drain.remote())
         for event in events:
+            if event["event"] == "quick PQ":
+                listener.on_quick_pq(event["step"], event["quick_pq/all"])
             _account(event, progress, book)
             if hopeless := _hopeless(book.events[begun:]):
                 ray.get(control.declare_fatal.remote(hopeless))

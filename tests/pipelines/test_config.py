@@ -1,5 +1,6 @@
 """Every leaf is a flag of its own; what is saved is what runs; only what decides the result counts as a change."""
 
+import json
 import sys
 import types
 import typing
@@ -12,18 +13,9 @@ import pytest
 
 from jobs.cli import parse
 from pipelines import recipes
-from pipelines.config import (
-    STORAGE,
-    TRAIN_DATA,
-    VAL_DATA,
-    TrainConfig,
-    differing_leaves,
-    from_dict,
-    leaves,
-    resolve,
-    to_dict,
-)
+from pipelines.config import STORAGE, TRAIN_DATA, VAL_DATA, TrainConfig, from_dict, resolve, to_dict
 from pipelines.errors import UserError
+from pipelines.leaves import differing_leaves, leaves, with_leaves
 from tests.jobs.command_line import flag
 
 RECIPES = {name: value for name, value in vars(recipes).items() if isinstance(value, TrainConfig)}
@@ -209,3 +201,65 @@ def test_a_leaf_that_one_side_lacks_is_a_difference() -> None:
     del old["model"]["num_queries"]
     assert differing_leaves(old, new) == ["model.num_queries: absent -> 16"]
     assert differing_leaves(new, old) == ["model.num_queries: 16 -> absent"]
+
+
+@pytest.mark.parametrize("name", ["SWIN_L_ORIGINAL", "DEMO"])
+def test_one_leaf_replaced_leaves_all_others_equal(name: str) -> None:
+    recipe = RECIPES[name]
+    for dotted, hint in hints_of(recipe).items():
+        value = another(hint, leaf(recipe, dotted))
+        changed = with_leaf(recipe, dotted, value)
+        for given in (value, json.loads(json.dumps(value))):
+            assert with_leaves(recipe, {dotted: given}) == changed, dotted
+            replaced = leaf(with_leaves(recipe, {dotted.replace("_", "-"): given}), dotted)
+            assert (replaced, type(replaced)) == (value, type(value)), dotted
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_leaves_replaced_are_another_recipe(name: str) -> None:
+    assert with_leaves(recipes.DEMO, leaves(to_dict(RECIPES[name]))) == RECIPES[name]
+    assert with_leaves(RECIPES[name], {}) == RECIPES[name]
+
+
+def test_a_whole_number_becomes_a_float_where_one_is_wanted() -> None:
+    assert repr(with_leaves(recipes.DEMO, {"optimizer.lr": 1}).optimizer.lr) == "1.0"
+    assert with_leaves(recipes.DEMO, {"optimizer.betas": [0, 0.5]}).optimizer.betas == (0.0, 0.5)
+    assert with_leaves(recipes.DEMO, {"run.steps": None}).run.steps is None
+
+
+def test_leaves_that_need_each_other_are_replaced_together() -> None:
+    with pytest.raises(UserError, match=r"refuses model\.num_heads = 5: model\.hidden_dim must be a multiple of"):
+        with_leaves(recipes.DEMO, {"model.num_heads": 5})
+    model = with_leaves(recipes.DEMO, {"model.num_heads": 5, "model.hidden_dim": 60}).model
+    assert (model.num_heads, model.hidden_dim) == (5, 60)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"zzz": 1}, r"no leaf 'zzz'\. --help of a training job lists all of them\."),
+        ({"optimiser.weight_decy": 1}, r"no leaf .* Is it one of: .*optimizer\.weight_decay"),
+        ({"lr": 1}, r"no leaf 'lr'\. Is it one of: optimizer\.lr\?"),
+        ({"loss": 1}, r"no leaf 'loss'\. Is it one of: loss\.classification_weight, "),
+        ({"run.global-batch": 8, "run.global_batch": 8}, r"run\.global_batch is given twice"),
+        ({"optimizer.lr": "fast"}, r"optimizer\.lr is a finite number, got 'fast'\."),
+        ({"optimizer.lr": True}, r"optimizer\.lr is a finite number, got True\."),
+        ({"optimizer.lr": None}, r"optimizer\.lr is a finite number, got None\."),
+        ({"run.epochs": float("nan")}, r"run\.epochs is a finite number, got nan\."),
+        ({"run.epochs": 10**400}, r"run\.epochs is a finite number, got 10000"),
+        ({"run.seed": 1.0}, r"run\.seed is a whole number, got 1\.0\."),
+        ({"run.seed": True}, r"run\.seed is a whole number, got True\."),
+        ({"run.steps": "many"}, r"run\.steps is a whole number, or none, got 'many'\."),
+        ({"data.require_thing": 1}, r"data\.require_thing is true or false, got 1\."),
+        ({"weights": None}, r"weights is a string, got None\."),
+        ({"schedule.kind": "linear"}, r"schedule\.kind is one of step, cosine, got 'linear'\."),
+        ({"schedule.kind": []}, r"schedule\.kind is one of step, cosine, got \[\]\."),
+        ({"optimizer.betas": [0.9]}, r"optimizer\.betas is a list of 2, each a finite number, got \[0\.9\]\."),
+        ({"data.augment.short_sides": [1, "2"]}, r"short_sides is a list, each a whole number, got \[1, '2'\]\."),
+        ({"data.augment.short_sides": 5}, r"short_sides is a list, each a whole number, got 5\."),
+        ({"loss.dice_weight": -1}, r"refuses loss\.dice_weight = -1\.0: loss\.dice_weight must not be negative"),
+    ],
+)
+def test_a_leaf_that_cannot_be_replaced_is_explained(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        with_leaves(recipes.DEMO, values)

@@ -1,0 +1,240 @@
+"""Sweeps: what is tried, what is given up, and what a sweep that is broken off remembers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import ray
+
+from pipelines import checkpoint
+from pipelines.config import SweepConfig, TrainConfig, from_dict, resolve
+from pipelines.errors import UserError
+from pipelines.leaves import with_leaves
+from pipelines.storage import locate
+from pipelines.sweep import sweep
+from pipelines.sweep.book import Book
+from pipelines.sweep.trial import SuccessiveHalving
+from pipelines.training import ledger
+
+SPACE = ("optimizer.lr=1e-4..1e-2:log", "loss.dice_weight=1,2")
+
+
+@pytest.fixture
+def base(tiny: TrainConfig) -> TrainConfig:
+    """Return a trial of 8 steps with a quick PQ after 4 and 8."""
+    return replace(
+        tiny,
+        run=replace(tiny.run, name="sweep", steps=8),
+        evaluation=replace(tiny.evaluation, every=4),
+        checkpoint=replace(tiny.checkpoint, every=4),
+    )
+
+
+def book(folder: Path, *results: list[tuple[int, float]]) -> Book:
+    made = Book(locate(str(folder)), [{"optimizer.lr": float(number)} for number in range(len(results))])
+    for trial, reported in zip(made.records, results, strict=True):
+        for step, pq in reported:
+            made.add_result(trial.name, step, pq)
+    return made
+
+
+# ---- successive halving
+
+
+def slow_decision(rungs: dict[int, dict[str, float]], factor: int, name: str, step: int, pq: float, last: int) -> bool:
+    """Go on if the last step is reached, or if no less than the best 1/factor of those who were at the rung before."""
+    if step not in rungs:
+        return True
+    before = list(rungs[step].values())
+    rungs[step][name] = pq
+    return step >= last or not before or pq >= np.quantile(before, 1 - 1 / factor)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_halving_keeps_the_best_of_those_before_at_each_rung(factor: int) -> None:
+    last = 2 * factor**3
+    halving = SuccessiveHalving(grace_period=2, reduction_factor=factor, steps=last)
+    rungs: dict[int, dict[str, float]] = {2 * factor**k: {} for k in range(4)}
+    draw = np.random.default_rng(factor)
+    stopped = 0
+    for number in range(30):
+        for step in range(1, last + 1):
+            name, pq = f"trial-{number:03d}", float(draw.random())
+            goes_on = halving.judge(name, step, pq)
+            assert goes_on == slow_decision(rungs, factor, name, step, pq, last)
+            if not goes_on:
+                stopped += 1
+                break
+    assert 15 < stopped < 30
+
+
+def test_halving_remembers_what_it_is_told_again() -> None:
+    """Two sweeps of the same results decide the same, though the second was broken off and told of them anew."""
+    results = [("a", 2, 0.5), ("b", 2, 0.6), ("a", 4, 0.7), ("c", 2, 0.4), ("d", 2, 0.9), ("d", 4, 0.6)]
+    whole, before, after = (SuccessiveHalving(2, 2, 16) for _ in range(3))
+    decisions = [whole.judge(*result) for result in results]
+    for result in results[:3]:
+        before.judge(*result)
+        after.judge(*result)
+    after.judge(*results[2])  # a result that came twice counts once
+    assert [after.judge(*result) for result in results[3:]] == decisions[3:] == [False, True, False]
+
+
+# ---- the book
+
+
+def test_the_book_outlives_the_driver(tmp_path: Path) -> None:
+    first = book(tmp_path, [(4, 0.1), (8, 0.2)], [(4, 0.05)], [(4, 0.3)], [])
+    first.end("trial-000", "finished")
+    first.end("trial-001", "stopped early")
+    first.end("trial-003", "failed", "out of memory")
+    again = Book(locate(str(tmp_path)), [])
+    assert again.records[:3] == first.records[:3]
+    assert [trial.name for trial in again.open] == ["trial-002", "trial-003"]  # a failure is tried again
+    again.add_result("trial-002", 4, 0.3)
+    assert again.records[2].results == [(4, 0.3)]
+
+
+def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trials.json").write_text('[{"name": "trial-000"}]')
+    with pytest.raises(UserError, match=r"trials\.json is not the trials\.json of a sweep"):
+        Book(locate(str(tmp_path)), [])
+
+
+def test_pruning_keeps_the_best_and_what_the_budget_holds(tmp_path: Path) -> None:
+    made = book(tmp_path, [(8, 0.2)], [(8, 0.4)], [(8, 0.3)], [(4, 0.1)], [(4, 0.9)])
+    for number in range(5):
+        folder = tmp_path / f"trial-{number:03d}" / "checkpoints" / "step_00000008"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+    for name, status in zip(("trial-000", "trial-001", "trial-002"), ("finished",) * 3, strict=True):
+        made.end(name, status)
+    made.end("trial-003", "stopped early")  # and trial-004 is running
+
+    def left() -> list[int]:
+        return [number for number in range(5) if (tmp_path / f"trial-{number:03d}" / "checkpoints").exists()]
+
+    made.prune(1e-6 * 2)
+    assert left() == [1, 2, 4]
+    made.prune(0)
+    assert left() == [1, 4]
+
+
+def test_a_trial_that_still_saves_is_not_pruned(tmp_path: Path) -> None:
+    made = book(tmp_path, [(8, 0.4)], [(4, 0.1)])
+    for trial in made.records:
+        folder = tmp_path / trial.name / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(10))
+        made.end(trial.name, "finished")
+    saving = ledger.Ledger(locate(str(tmp_path / "trial-001")))
+    saving.add("start", step=0)
+    made.prune(0)
+    assert (tmp_path / "trial-001" / "checkpoints").exists()
+    saving.add("end", status="stopped", step=4)
+    made.prune(0)
+    assert not (tmp_path / "trial-001" / "checkpoints").exists()
+
+
+# ---- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({}, SweepConfig(), "varies nothing"),
+        ({}, SweepConfig(space=("optimizer.lrr=1,2",)), "optimizer.lr"),
+        ({"evaluation.every": 0}, SweepConfig(space=SPACE), "never computes it"),
+        ({"data.val": ""}, SweepConfig(space=SPACE), "--data.val"),
+        ({"evaluation.every": 9}, SweepConfig(space=SPACE), "8 steps and its first quick PQ would come at step 9"),
+        ({}, SweepConfig(space=SPACE, grace_period=3), "grace period of 3 steps ends before"),
+    ],
+)
+def test_an_impossible_sweep_is_refused_before_anything_starts(
+    base: TrainConfig, tmp_path: Path, change: dict[str, Any], config: SweepConfig, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep(with_leaves(base, change), config)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_more_than_the_cluster_has_is_refused_with_numbers(ray_session: str, base: TrainConfig, tmp_path: Path) -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(UserError, match=rf"99 trials at a time need 198 CPU, and the Ray cluster has {cpus:g} CPU"):
+        sweep(base, SweepConfig(space=SPACE, concurrency=99))
+    with pytest.raises(UserError, match=r"too small: 401 CPU needed"):
+        sweep(with_leaves(base, {"scaling.cpus_per_worker": 200.0}), SweepConfig(space=SPACE))
+    with pytest.raises(UserError, match=r"too small: 2 CPU, 2 GPU needed, 2 CPU, 0 GPU there"):
+        sweep(with_leaves(base, {"scaling.device": "cuda"}), SweepConfig(space=SPACE))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_another_sweep_in_the_same_folder_is_refused(base: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds something that is not a sweep"):
+        sweep(base, SweepConfig(space=SPACE))
+
+
+# ---- a whole one
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_sweep_from_its_space_to_the_best_configuration(ray_session: str, base: TrainConfig, tmp_path: Path) -> None:
+    config = SweepConfig(space=("loss.dice_weight=1,3", "optimizer.lr=1e-6,1e-3"), trials=2, reduction_factor=2)
+    result = sweep(base, config)
+    folder = tmp_path / "sweep"
+
+    trials = json.loads((folder / "trials.json").read_text())
+    assert len({json.dumps(trial["values"]) for trial in trials}) == 2
+    client = mlflow.MlflowClient(result.tracking_uri)
+    for trial in trials:
+        assert trial["status"] in ("finished", "stopped early")
+        record = json.loads((folder / trial["name"] / "config.json").read_text())
+        ran = from_dict(TrainConfig, record["config"])
+        assert ran == with_leaves(
+            resolve(base),
+            {
+                **trial["values"],
+                "run.name": trial["name"],
+                "run.storage": str(folder),
+                "tracking.parent": result.mlflow_run_id,
+            },
+        )
+        child = client.get_run(record["mlflow_run_id"])
+        assert child.data.tags["mlflow.parentRunId"] == result.mlflow_run_id
+        logged = client.get_metric_history(child.info.run_id, "quick_pq/all")
+        assert [(point.step, point.value) for point in logged][: len(trial["results"])] == [
+            (step, pq) for step, pq in trial["results"]
+        ]
+        state = checkpoint.newest(locate(str(folder / trial["name"])))
+        assert state is not None
+        assert state.step >= trial["results"][-1][0]  # one that was stopped has saved
+
+    assert result.best is not None
+    reached = [trial for trial in trials if trial["results"][-1][0] == 8]
+    assert max(trial["results"][-1][1] for trial in reached) == result.best.results[-1][1]
+    best = from_dict(TrainConfig, json.loads((folder / "best.json").read_text()))
+    assert best == with_leaves(resolve(base), {**result.best.values, "run.name": ""})
+    parent = client.get_run(result.mlflow_run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["best"] == result.best.name
+    logged_files = {file.path for file in client.list_artifacts(result.mlflow_run_id)}
+    assert {"best.json", "trials.csv", "parallel_coordinates.png", "importance.txt"} <= logged_files
+
+    # Once more: nothing is left to do, and nothing is done. Another space under this name is refused.
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.jsonl")}
+    assert sweep(base, config).best == result.best
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.jsonl")} == before
+    with pytest.raises(UserError, match=r"is another sweep: .*space"):
+        sweep(base, replace(config, space=("loss.dice_weight=1,2",)))
+    with pytest.raises(UserError, match=r"is another sweep: evaluation\.images: 6 -> 5"):
+        sweep(with_leaves(base, {"evaluation.images": 5}), config)
