@@ -1,6 +1,6 @@
 """Try combinations of settings, give up the worse ones early, and write down the best as a configuration.
 
-python jobs/sweep.py --recipe r50_mmdet --sweep.space optimizer.lr=3e-5..3e-4:log loss.dice_weight=1,2,5
+python jobs/sweep.py --recipe r50_mmdet --sweep.space optimizer.lr=3e-5..3e-4:log --sweep.space loss.dice_weight=1,2,5
     --sweep.trials 16 --run.steps 20000 --run.name lr-and-dice
 
 Every leaf of the recipe is a flag, as for training; the space varies some of them. Each trial is a training run of its
@@ -8,6 +8,9 @@ own below <run.storage>/<run.name>, with a child run in MLflow. The same command
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
 
 from jobs.cli import parse, run
 from jobs.training import TrainFlags, chosen_recipe
@@ -18,14 +21,14 @@ from pipelines.recipes import R50_MMDET
 
 @dataclass(frozen=True, kw_only=True)
 class _Flags(TrainFlags):
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    # Each time it is given `--sweep.space` adds a leaf; otherwise the last would silently win.
+    sweep: Annotated[SweepConfig, tyro.conf.UseAppendAction] = field(default_factory=SweepConfig)
 
 
 def main() -> int:
-    published = [value for value in vars(recipes).values() if isinstance(value, TrainConfig)]
-    recipe = chosen_recipe((R50_MMDET, *published))
-    recipe = replace(recipe, run=replace(recipe.run, name=""))  # a sweep's name is never a recipe's
-    flags = parse(_Flags, _Flags(training=recipe), __doc__)
+    published = [R50_MMDET, *(value for value in vars(recipes).values() if isinstance(value, TrainConfig))]
+    nameless = tuple(replace(recipe, run=replace(recipe.run, name="")) for recipe in published)  # a sweep is no run
+    flags = parse(_Flags, _Flags(training=chosen_recipe(nameless)), __doc__)
 
     from pipelines.sweep import sweep  # imports Ray, which --help should not
 

@@ -109,7 +109,7 @@ def _leaves_of(uri: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         return leaves(values)
     # A run's, beside what it was trained on. Another run wants another name.
-    return {name: value for name, value in leaves(record).items() if name != "run.name"}
+    return {name: value for name, value in leaves(record).items() if name not in ("run.name", "tracking.parent")}
 
 
 def training_images(config: TrainConfig) -> tuple[int, str, bool]:

@@ -226,8 +226,8 @@ class SweepConfig:
     """What a sweep tries, how many at a time, and which it gives up early."""
 
     space: tuple[str, ...] = ()
-    """Leaves to vary: `optimizer.lr=1e-5..1e-3:log` (a range, logarithmic), `model.drop_path=0..0.4` (a range),
-    `loss.dice_weight=1,2,5` (choices)."""
+    """A leaf to vary; may be given several times. A range, `model.dropout=0..0.4`, a logarithmic one,
+    `optimizer.lr=1e-5..1e-3:log`, or choices, `loss.dice_weight=1,2,5`."""
     trials: int = 8
     """Combinations to try: a Latin hypercube of the ranges; of choices alone, each combination at most once."""
     grace_period: int | None = None
@@ -237,7 +237,7 @@ class SweepConfig:
     concurrency: int | None = None
     """Trials at a time. Default: as many as the cluster holds, with their workers and data tasks."""
     keep_gigabytes: float = 50
-    """Checkpoints of trials that have ended are deleted, the worst first, beyond this; the best one's stay."""
+    """Checkpoints of trials that have ended are deleted beyond this; the best one's stay, the next while they fit."""
 
     def __post_init__(self) -> None:
         _at_least("sweep", self, trials=1, reduction_factor=2)

@@ -80,6 +80,8 @@ class Rehearsal:
     redone: int
     """Steps done twice."""
     attempts: int
+    cause: str
+    """What the run's ledger says of the loss."""
     positions: int
     """Of samples, each taken by exactly one worker in exactly one of the steps that count."""
     first_step_seconds: float
@@ -252,6 +254,7 @@ def report(result: Rehearsal) -> str:
         "in it replaced": f"{', '.join(replaced)}, a checkpoint every {config.checkpoint.every} steps, no quick PQ",
         "loss of a node": f"after step {result.lost_at}; went on from step {result.resumed_at} with "
         f"{_counts(result.after)} on a node, {result.redone} steps done again, attempt {result.attempts} finished",
+        "its cause": f"{result.cause}, says the run's ledger",
         "samples": f"{result.positions} positions, each taken once: none lost, none twice",
         "time": f"{result.first_step_seconds:.0f} s to the first step, {result.recovery_seconds:.0f} s from the loss "
         f"to the next step, {result.seconds:.0f} s in all",
@@ -362,6 +365,7 @@ def _lose_a_node(drive: _Drive, cluster: Simulation, victim: Any, like: Node) ->
         "resumed_at": resumed_at,
         "redone": steps_redone(samples, drive.config),
         "attempts": len(starts),
+        "cause": next(event["cause"] for event in ledger.read(drive.run) if event["event"] == "failure"),
         "positions": STEPS * drive.config.run.global_batch,
         "first_step_seconds": first_step - begun,
         "recovery_seconds": recovered - lost,

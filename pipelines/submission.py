@@ -99,7 +99,7 @@ def check_package(root: Path, entrypoint: Sequence[str], limit: int) -> None:
             f"the limit is {limit} MiB. The largest: {_largest(files)}. Put what the job does not need into .rayignore "
             f"(written like .gitignore) or elsewhere; data and weights belong on s3:// or a shared file system."
         )
-    logger.info("Sending %d files, %.1f MiB.", len(files), total / MIB)
+    logger.info("To send: %d files, %.1f MiB.", len(files), total / MIB)
 
 
 def _largest(files: dict[str, int]) -> str:

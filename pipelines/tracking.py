@@ -124,8 +124,16 @@ def set_status(uri: str, run_id: str, status: str) -> None:
 
 
 def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """Return a metric's steps and values, as they were logged."""
-    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, metric)]
+    """Return a metric's steps and values, as they were logged.
+
+    Raises:
+        UserError: MLflow does not answer, or does not know the run.
+    """
+    check(uri)
+    try:
+        return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, metric)]
+    except MlflowException as error:
+        raise UserError(f"MLflow at {uri} has nothing of the run {run_id}: {' '.join(str(error).split())}") from error
 
 
 def log_files(uri: str, run_id: str, files: dict[str, bytes]) -> None:

@@ -134,7 +134,7 @@ def _axis(text: str) -> Axis:
 
 
 def _range(leaf: str, kind: type, text: str) -> Range:
-    bounds, colon, scale = text.partition(":")
+    bounds, colon, scale = map(str.strip, text.partition(":"))
     low, high = (_read(kind, bound.strip()) for bound in bounds.split("..", 1))
     if isinstance(low, str) or isinstance(high, str) or (colon and scale != "log"):
         numbers = "whole numbers" if kind is int else "numbers"

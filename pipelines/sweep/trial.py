@@ -1,48 +1,73 @@
-"""One trial of a sweep, as Ray Tune runs it: a whole training run, and the rule by which it may be stopped early."""
+"""One trial of a sweep, as Ray Tune runs it: a whole training run, and the rule by which it is ended early.
 
-import contextlib
+Tune never stops a trial. It would take the trial for ended at once and start the next one on workers that are not
+free yet, and at the end of a sweep it kills within seconds what may take minutes to save. A trial is told to end
+instead, saves, gives back its workers, and says so.
+"""
+
 import queue
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.config import TrainConfig, from_dict
+from pipelines.config import SweepConfig, TrainConfig, from_dict
 from pipelines.errors import RunFailed, UserError
 from pipelines.training import Listener, fit
 
-_HEARTBEAT = 5.0
-"""Seconds after which a trial without news answers nevertheless: Tune can stop it only between two answers."""
+_LOOK_SECONDS = 1.0
+
+
+class Orders:
+    """Which trials are to end before their time: files in a folder that the driver and its trials see."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def end(self, name: str) -> None:
+        """Tell one trial to end."""
+        (self._folder / name).touch()
+
+    def end_all(self) -> None:
+        """Tell all trials to end, and those to come not to begin."""
+        self.end("all")
+
+    @property
+    def all(self) -> bool:
+        return (self._folder / "all").exists()
+
+    def given_to(self, name: str) -> bool:
+        """Tell whether this trial itself was told to end."""
+        return (self._folder / name).exists()
 
 
 class TrainingTrial(tune.Trainable):
-    """Trains in a thread; answers with each quick PQ as `step` and `pq`, and in the end with `status` and `cause`.
-
-    When Tune stops it, the run stops as by Ctrl-C: it saves, and its workers and their placement group are gone when
-    the trial is. A trial that is killed instead leaves its placement group to a helper of Ray's that may not work.
-    """
+    """Trains in a thread; answers with each quick PQ as `step` and `pq`, and in the end with `status` and `cause`."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        trial = config["trial"]
+        self._name, self._orders = trial["name"], Orders(trial["orders"])
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._listener = Listener(on_quick_pq=lambda step, pq: self._news.put({"step": step, "pq": pq}))
-        training = from_dict(TrainConfig, config["trial"]["config"])
-        self._thread = threading.Thread(target=self._train, args=(training,), name="training", daemon=True)
-        self._thread.start()
+        training = from_dict(TrainConfig, trial["config"])
+        threading.Thread(target=self._train, args=(training,), name="training", daemon=True).start()
 
     def step(self) -> dict[str, Any]:
-        with contextlib.suppress(queue.Empty):
-            return self._news.get(timeout=_HEARTBEAT)
-        return {}
-
-    def cleanup(self) -> None:
-        self._listener.stop.set()
-        self._thread.join()
+        while True:
+            if self._orders.all or self._orders.given_to(self._name):
+                self._listener.stop.set()
+            try:
+                return self._news.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                continue
 
     def _train(self, config: TrainConfig) -> None:
         try:
-            end = {"status": fit(config, self._listener).status, "cause": ""}
+            status = "stopped" if self._orders.all else fit(config, self._listener).status
+            end = {"status": status, "cause": ""}
         except (UserError, RunFailed) as error:
             end = {"status": "failed", "cause": str(error)}
         except BaseException as error:  # it belongs to the trial, and no other thread would see it
@@ -53,21 +78,25 @@ class TrainingTrial(tune.Trainable):
 class SuccessiveHalving(FIFOScheduler):
     """Ray's ASHA over trials known by their own names, so that a sweep that goes on remembers those before."""
 
-    def __init__(self, grace_period: int, reduction_factor: int, steps: int) -> None:
+    def __init__(self, config: SweepConfig, steps: int, orders: Orders) -> None:
         super().__init__()
-        self._steps = steps
+        grace_period = config.grace_period or 1
+        self._steps, self._orders = steps, orders
         self._asha = ASHAScheduler(
             time_attr="step",
             metric="pq",
             mode="max",
             grace_period=grace_period,
             max_t=max(steps, grace_period),
-            reduction_factor=reduction_factor,
+            reduction_factor=config.reduction_factor,
         )
         self._known: set[str] = set()
 
     def judge(self, name: str, step: int, pq: float) -> bool:
-        """Take down a result and tell whether its trial should go on; the last step is always allowed to end."""
+        """Take down a result and tell whether its trial should go on; the last step is always allowed to end.
+
+        A result that is told again, after the loss of the driver, counts once.
+        """
         trial: Any = SimpleNamespace(trial_id=name)
         if name not in self._known:
             self._known.add(name)
@@ -80,6 +109,7 @@ class SuccessiveHalving(FIFOScheduler):
         return decision != TrialScheduler.STOP or step >= self._steps
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if "pq" not in result or self.judge(trial.config["trial"]["name"], result["step"], result["pq"]):
-            return TrialScheduler.CONTINUE
-        return TrialScheduler.STOP
+        name = trial.config["trial"]["name"]
+        if "pq" in result and not self.judge(name, result["step"], result["pq"]):
+            self._orders.end(name)
+        return TrialScheduler.CONTINUE

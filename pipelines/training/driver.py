@@ -77,11 +77,9 @@ def fit(config: TrainConfig, listener: watch.Listener | None = None) -> TrainRes
     if earlier and done and done.step == steps:
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
         return _result("finished", config, run, steps, earlier["mlflow_run_id"])
-    cluster.require_lasting({"--run.storage": config.run.storage, "--tracking.uri": config.tracking.uri})
-    _check_writable(locate(config.run.storage))
+    check_places(config)
     with cluster.session():
-        require_cluster(config)
-        _require_shared(config)
+        check_cluster(config)
         mlflow_run_id = tracking.open_run(
             config.tracking.uri,
             config.tracking.experiment,
@@ -199,9 +197,14 @@ def _check_classes(config: TrainConfig, samples: PackedSet) -> None:
         )
 
 
-def _check_writable(storage: Location) -> None:
-    """Find out now, rather than at the first checkpoint, whether the storage can be written."""
-    probe = storage / ".writable"
+def check_places(config: TrainConfig) -> None:
+    """Find out now, rather than at the first checkpoint, whether the storage can be written and will last.
+
+    Raises:
+        UserError: it cannot, or will not.
+    """
+    cluster.require_lasting({"--run.storage": config.run.storage, "--tracking.uri": config.tracking.uri})
+    probe = locate(config.run.storage) / ".writable"
     probe.write_bytes(b"")
     probe.delete()
 
@@ -238,8 +241,8 @@ def resources(config: TrainConfig) -> dict[str, float]:
     return {**workers, "CPU": config.scaling.cpus}
 
 
-def require_cluster(config: TrainConfig) -> None:
-    """Refuse a run that the cluster can never hold.
+def check_cluster(config: TrainConfig) -> None:
+    """Refuse a run that the cluster can never hold, or whose places not all of its nodes see.
 
     Raises:
         UserError: with what is needed and what there is.
@@ -251,10 +254,6 @@ def require_cluster(config: TrainConfig) -> None:
         f"Lower --scaling.workers, --scaling.cpus-per-worker or --scaling.data-cpus (fractions are allowed), "
         f"or use a larger cluster.",
     )
-
-
-def _require_shared(config: TrainConfig) -> None:
-    """Refuse data, a storage or a database of MLflow's that only this node of the cluster has."""
     packs = {"--data.train": config.data.train, "--data.val": config.data.val}
     files = {flag: f"{uri}/{MANIFEST_FILE}" for flag, uri in packs.items() if uri}
     if config.tracking.uri.startswith("sqlite:///"):

@@ -20,6 +20,9 @@ _CONSEQUENCE = re.compile(
 )
 """What the surviving workers say when another one is gone."""
 
+_NODE_LOST = re.compile(r"^.*\bnode has died.*$", re.MULTILINE)
+"""What Ray says of a worker whose node is gone, below a headline that does not."""
+
 
 class Ledger:
     """Appends events to a run's ledger."""
@@ -62,6 +65,8 @@ def cause(failures: dict[int, BaseException]) -> str:
 
 
 def _last_line(error: BaseException) -> str:
+    if lost := _NODE_LOST.search(str(error)):
+        return f"its node was lost. {lost[0].strip()}"[:500]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it. Ray Data's own
     # UserCodeException stands after what it wraps, and says nothing.

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipelines.storage import Location, locate
 from pipelines.training import ledger
@@ -43,6 +44,16 @@ def test_the_cause_is_not_an_echo(echo: Exception, culprit: int) -> None:
 
 def test_a_worker_that_died_is_the_cause() -> None:
     assert cause({0: remote(ECHO), 1: ActorDiedError()}).startswith("worker 1: ActorDiedError: The actor died")
+
+
+def test_a_node_that_was_lost_is_the_cause() -> None:
+    death = RayActorError(
+        error_msg="The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
+        "The actor died because its node has died. Node Id: 5e\n\tthe actor's node was terminated unexpectedly"
+    )
+    lost = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", failure=death)
+    expected = "worker 1: its node was lost. The actor died because its node has died. Node Id: 5e"
+    assert cause({0: remote(ECHO), 1: lost}) == expected
 
 
 def test_an_echo_is_better_than_nothing() -> None:

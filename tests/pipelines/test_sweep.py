@@ -12,23 +12,24 @@ import ray
 
 from pipelines import checkpoint
 from pipelines.config import SweepConfig, TrainConfig, from_dict, resolve
-from pipelines.errors import UserError
+from pipelines.errors import RunFailed, UserError
 from pipelines.leaves import with_leaves
 from pipelines.storage import locate
 from pipelines.sweep import sweep
-from pipelines.sweep.book import Book
-from pipelines.sweep.trial import SuccessiveHalving
-from pipelines.training import ledger
+from pipelines.sweep.book import Book, Recorder
+from pipelines.sweep.driver import conclude
+from pipelines.sweep.trial import Orders, SuccessiveHalving
 
 SPACE = ("optimizer.lr=1e-4..1e-2:log", "loss.dice_weight=1,2")
 
 
 @pytest.fixture
 def base(tiny: TrainConfig) -> TrainConfig:
-    """Return a trial of 8 steps with a quick PQ after 4 and 8."""
+    """Return a trial of 8 steps with a quick PQ after 4 and 8; two have room on two CPUs."""
     return replace(
         tiny,
         run=replace(tiny.run, name="sweep", steps=8),
+        scaling=replace(tiny.scaling, cpus_per_worker=0.25, data_cpus=0.5),
         evaluation=replace(tiny.evaluation, every=4),
         checkpoint=replace(tiny.checkpoint, every=4),
     )
@@ -57,7 +58,7 @@ def slow_decision(rungs: dict[int, dict[str, float]], factor: int, name: str, st
 @pytest.mark.parametrize("factor", [2, 3])
 def test_halving_keeps_the_best_of_those_before_at_each_rung(factor: int) -> None:
     last = 2 * factor**3
-    halving = SuccessiveHalving(grace_period=2, reduction_factor=factor, steps=last)
+    halving = SuccessiveHalving(SweepConfig(grace_period=2, reduction_factor=factor), last, Orders("/nowhere"))
     rungs: dict[int, dict[str, float]] = {2 * factor**k: {} for k in range(4)}
     draw = np.random.default_rng(factor)
     stopped = 0
@@ -75,7 +76,9 @@ def test_halving_keeps_the_best_of_those_before_at_each_rung(factor: int) -> Non
 def test_halving_remembers_what_it_is_told_again() -> None:
     """Two sweeps of the same results decide the same, though the second was broken off and told of them anew."""
     results = [("a", 2, 0.5), ("b", 2, 0.6), ("a", 4, 0.7), ("c", 2, 0.4), ("d", 2, 0.9), ("d", 4, 0.6)]
-    whole, before, after = (SuccessiveHalving(2, 2, 16) for _ in range(3))
+    whole, before, after = (
+        SuccessiveHalving(SweepConfig(grace_period=2, reduction_factor=2), 16, Orders("/nowhere")) for _ in range(3)
+    )
     decisions = [whole.judge(*result) for result in results]
     for result in results[:3]:
         before.judge(*result)
@@ -89,9 +92,9 @@ def test_halving_remembers_what_it_is_told_again() -> None:
 
 def test_the_book_outlives_the_driver(tmp_path: Path) -> None:
     first = book(tmp_path, [(4, 0.1), (8, 0.2)], [(4, 0.05)], [(4, 0.3)], [])
-    first.end("trial-000", "finished")
-    first.end("trial-001", "stopped early")
-    first.end("trial-003", "failed", "out of memory")
+    first.set_status("trial-000", "finished")
+    first.set_status("trial-001", "stopped early")
+    first.set_status("trial-003", "failed", "out of memory")
     again = Book(locate(str(tmp_path)), [])
     assert again.records[:3] == first.records[:3]
     assert [trial.name for trial in again.open] == ["trial-002", "trial-003"]  # a failure is tried again
@@ -112,8 +115,8 @@ def test_pruning_keeps_the_best_and_what_the_budget_holds(tmp_path: Path) -> Non
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(1000))
     for name, status in zip(("trial-000", "trial-001", "trial-002"), ("finished",) * 3, strict=True):
-        made.end(name, status)
-    made.end("trial-003", "stopped early")  # and trial-004 is running
+        made.set_status(name, status)
+    made.set_status("trial-003", "stopped early")  # and trial-004 is running
 
     def left() -> list[int]:
         return [number for number in range(5) if (tmp_path / f"trial-{number:03d}" / "checkpoints").exists()]
@@ -124,20 +127,83 @@ def test_pruning_keeps_the_best_and_what_the_budget_holds(tmp_path: Path) -> Non
     assert left() == [1, 4]
 
 
-def test_a_trial_that_still_saves_is_not_pruned(tmp_path: Path) -> None:
+def test_a_failed_trial_keeps_what_it_is_to_go_on_from(tmp_path: Path) -> None:
     made = book(tmp_path, [(8, 0.4)], [(4, 0.1)])
     for trial in made.records:
         folder = tmp_path / trial.name / "checkpoints"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(10))
-        made.end(trial.name, "finished")
-    saving = ledger.Ledger(locate(str(tmp_path / "trial-001")))
-    saving.add("start", step=0)
+    made.set_status("trial-000", "finished")
+    made.set_status("trial-001", "failed", "out of memory")
     made.prune(0)
     assert (tmp_path / "trial-001" / "checkpoints").exists()
-    saving.add("end", status="stopped", step=4)
+    made.set_status("trial-001", "stopped early")
     made.prune(0)
     assert not (tmp_path / "trial-001" / "checkpoints").exists()
+
+
+def test_the_book_and_its_pruning_on_s3(bucket: str) -> None:
+    made = Book(locate(f"{bucket}/sweep"), [{"optimizer.lr": rate} for rate in (0.1, 0.2)])
+    for trial, pq in zip(made.records, (0.4, 0.1), strict=True):
+        (made.folder / trial.name / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(bytes(1000))
+        made.add_result(trial.name, 4, pq)
+        made.set_status(trial.name, "finished")
+    assert Book(made.folder, []).records == made.records
+    assert (made.folder / "trial-001").size() == 1000
+    made.prune(1.5e-6)
+    assert [(made.folder / trial.name).size() for trial in made.records] == [1000, 0]
+
+
+class OfTune:
+    """A trial as Tune hands it to its callbacks."""
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.config = {"trial": {"name": name}}
+        self._error = error
+
+    def get_error(self) -> Exception | None:
+        return self._error
+
+
+def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
+    made = book(tmp_path / "sweep", [], [], [], [])
+    (tmp_path / "orders").mkdir()
+    orders = Orders(str(tmp_path / "orders"))
+    recorder = Recorder(made, orders, keep_gigabytes=1)
+    trials = [OfTune(trial.name, ValueError("no such node")) for trial in made.records]
+    for trial in trials:
+        recorder.on_trial_start(1, [], trial)
+    assert len(made.running) == 4
+    orders.end("trial-000")
+    for trial, status in zip(trials[:3], ("stopped", "stopped", "failed"), strict=True):
+        recorder.on_trial_result(1, [], trial, {"step": 4, "pq": 0.1})
+        recorder.on_trial_result(1, [], trial, {"status": status, "cause": "why" * (status == "failed"), "done": True})
+    recorder.on_trial_error(1, [], trials[3])
+    assert [(trial.status, trial.cause) for trial in Book(made.folder, []).records] == [
+        ("stopped early", ""),
+        ("waiting", ""),  # it was not that trial that was told to end, but all of them
+        ("waiting", ""),  # failures are tried again
+        ("waiting", ""),
+    ]
+    assert [trial.cause for trial in made.records] == ["", "", "why", "its process died: no such node."]
+
+
+def test_a_storage_that_refuses_does_not_end_a_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = book(tmp_path / "sweep", [(4, 0.1)])
+    (tmp_path / "sweep" / "trials.json").unlink()
+    (tmp_path / "sweep").rmdir()
+    (tmp_path / "sweep").write_text("in the way")
+    made.set_status("trial-000", "finished")
+    made.prune(0)
+    assert "is not up to date" in caplog.text
+
+
+def test_trials_that_all_failed_have_no_best(base: TrainConfig, tmp_path: Path) -> None:
+    made = book(tmp_path / "sweep", [(4, 0.3)], [])
+    made.set_status("trial-000", "failed", "The loss is nan.")
+    made.set_status("trial-001", "failed", "The loss is infinite.")
+    with pytest.raises(RunFailed, match=r"came through\. trial-000: The loss is nan\. The same command"):
+        conclude(resolve(base), made, "")
 
 
 # ---- what cannot be
@@ -152,6 +218,14 @@ def test_a_trial_that_still_saves_is_not_pruned(tmp_path: Path) -> None:
         ({"data.val": ""}, SweepConfig(space=SPACE), "--data.val"),
         ({"evaluation.every": 9}, SweepConfig(space=SPACE), "8 steps and its first quick PQ would come at step 9"),
         ({}, SweepConfig(space=SPACE, grace_period=3), "grace period of 3 steps ends before"),
+        ({}, SweepConfig(space=("model.num_classes=7,8",)), "has 7 classes, the model 8"),
+        ({}, SweepConfig(space=("weights=none,/nowhere.pth",)), r"nothing at /nowhere\.pth"),
+        ({}, SweepConfig(space=("run.global_batch=8,9",)), "global batch of 9 is not a multiple"),
+        (
+            {"run.steps": None, "run.epochs": 1},
+            SweepConfig(space=("run.global_batch=8,16",)),
+            "Give all the same number",
+        ),
     ],
 )
 def test_an_impossible_sweep_is_refused_before_anything_starts(
@@ -166,11 +240,13 @@ def test_an_impossible_sweep_is_refused_before_anything_starts(
 @pytest.mark.timeout(120)
 def test_more_than_the_cluster_has_is_refused_with_numbers(ray_session: str, base: TrainConfig, tmp_path: Path) -> None:
     cpus = ray.cluster_resources()["CPU"]
-    with pytest.raises(UserError, match=rf"99 trials at a time need 198 CPU, and the Ray cluster has {cpus:g} CPU"):
+    with pytest.raises(
+        UserError, match=rf"99 trials at a time need 99 CPU, and the Ray cluster has {cpus:g} CPU, .* room for {cpus:g}"
+    ):
         sweep(base, SweepConfig(space=SPACE, concurrency=99))
-    with pytest.raises(UserError, match=r"too small: 401 CPU needed"):
+    with pytest.raises(UserError, match=r"too small: 400.5 CPU needed"):
         sweep(with_leaves(base, {"scaling.cpus_per_worker": 200.0}), SweepConfig(space=SPACE))
-    with pytest.raises(UserError, match=r"too small: 2 CPU, 2 GPU needed, 2 CPU, 0 GPU there"):
+    with pytest.raises(UserError, match=r"too small: 1 CPU, 2 GPU needed, 2 CPU, 0 GPU there"):
         sweep(with_leaves(base, {"scaling.device": "cuda"}), SweepConfig(space=SPACE))
     assert not (tmp_path / "sweep").exists()
 
