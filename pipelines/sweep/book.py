@@ -121,11 +121,11 @@ class Recorder(tune.Callback):
             self._end(name, status, result["cause"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() if error else []
-        self._end(
-            trial.config["trial"]["name"], "failed", f"its process died: {lines[0] if lines else 'no reason given'}."
+        error = trial.get_pickled_error()
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}" if error else "no reason is known."
         )
+        self._end(trial.config["trial"]["name"], "failed", f"its process died. {reason}")
 
     def _end(self, name: str, status: str, cause: str) -> None:
         logger.info("%s  %s%s", name, status, f": {cause}" if cause else "")

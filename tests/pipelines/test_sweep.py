@@ -161,7 +161,7 @@ class OfTune:
         self.config = {"trial": {"name": name}}
         self._error = error
 
-    def get_error(self) -> Exception | None:
+    def get_pickled_error(self) -> Exception | None:
         return self._error
 
 
@@ -170,7 +170,7 @@ def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
     (tmp_path / "orders").mkdir()
     orders = Orders(str(tmp_path / "orders"))
     recorder = Recorder(made, orders, keep_gigabytes=1)
-    trials = [OfTune(trial.name, ValueError("no such node")) for trial in made.records]
+    trials = [OfTune(trial.name, ValueError("no such node\nand more")) for trial in made.records]
     for trial in trials:
         recorder.on_trial_start(1, [], trial)
     assert len(made.running) == 4
@@ -185,7 +185,7 @@ def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
         ("waiting", ""),  # failures are tried again
         ("waiting", ""),
     ]
-    assert [trial.cause for trial in made.records] == ["", "", "why", "its process died: no such node."]
+    assert [trial.cause for trial in made.records] == ["", "", "why", "its process died. ValueError: no such node"]
 
 
 def test_a_storage_that_refuses_does_not_end_a_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
