@@ -12,7 +12,7 @@ import posixpath
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +106,7 @@ class Location:
     def delete(self) -> None:
         """Delete this file or folder with all in it; absent is fine."""
         kind = self._kind()
-        with _explained("delete", self):
+        with _explained("delete", self), suppress(FileNotFoundError):  # another process may have been faster
             if kind == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
             elif kind != fs.FileType.NotFound:

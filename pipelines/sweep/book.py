@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -121,11 +122,11 @@ class Recorder(tune.Callback):
             self._end(name, status, result["cause"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
-        reason = (
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}" if error else "no reason is known."
-        )
-        self._end(trial.config["trial"]["name"], "failed", f"its process died. {reason}")
+        # Tune's own getters look in its storage, where the file arrives only later. Its first line is a headline.
+        place = Path(trial.error_file or "")
+        lines = place.read_text().splitlines()[1:] if place.is_file() else []
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known.")
+        self._end(trial.config["trial"]["name"], "failed", f"its process died: {reason}")
 
     def _end(self, name: str, status: str, cause: str) -> None:
         logger.info("%s  %s%s", name, status, f": {cause}" if cause else "")

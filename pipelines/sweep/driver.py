@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipelines import cluster, tracking
+from pipelines import checkpoint, cluster, tracking
 from pipelines.config import SweepConfig, TrainConfig, to_dict
 from pipelines.errors import RunFailed, UserError
 from pipelines.leaves import differing_leaves, leaves, with_leaves
@@ -62,14 +62,14 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
     axes = space.parse(config.space, base)
     name = base.run.name or f"sweep-{base.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     base, samples, steps = check(replace(base, run=replace(base.run, name=name)))
-    grace_period = _grace_period(base, config, steps)
+    _require_metric(base, config, steps)
     folder = locate(base.run.storage) / name
     record = {
         "config": to_dict(base),
         "sweep": {
             "space": list(config.space),
             "trials": config.trials,
-            "grace_period": grace_period,
+            "grace_period": config.grace_period,
             "reduction_factor": config.reduction_factor,
         },
         "data_hash": samples.data_hash,
@@ -88,8 +88,7 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
             )  # fmt: skip
             try:
                 _catch_up(base, book)
-                children = {name: _child(trial, run_id) for name, trial in trials.items()}
-                _run(children, book, replace(config, grace_period=grace_period), steps, at_once)
+                _run({key: _child(trial, run_id) for key, trial in trials.items()}, book, config, steps, at_once)
             except BaseException as error:
                 tracking.close_run(base.tracking.uri, run_id, "KILLED", {"cause": type(error).__name__})
                 raise
@@ -103,11 +102,11 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
     return SweepResult(name, str(folder), best, text, base.tracking.uri, run_id)
 
 
-def _grace_period(base: TrainConfig, config: SweepConfig, steps: int) -> int:
-    """Return the steps that every trial is given, once it is sure that a quick PQ will come.
+def _require_metric(base: TrainConfig, config: SweepConfig, steps: int) -> None:
+    """Refuse a sweep whose quick PQ would never come, or too late.
 
     Raises:
-        UserError: it never would, or too late.
+        UserError: with what to set.
     """
     every = base.evaluation.every
     if not base.data.val or not every:
@@ -124,7 +123,6 @@ def _grace_period(base: TrainConfig, config: SweepConfig, steps: int) -> int:
             f"The grace period of {config.grace_period} steps ends before the first quick PQ, at step {every}. Use a "
             f"--sweep.grace-period of at least that, or a lower --evaluation.every."
         )
-    return config.grace_period or every
 
 
 def _require_same(folder: Location, record: dict[str, Any]) -> str:
@@ -169,19 +167,27 @@ def _checked(base: TrainConfig, book: Book, steps: int) -> dict[str, TrainConfig
     trials: dict[str, TrainConfig] = {}
     first_weights = set()
     for trial in book.open:
-        config = with_leaves(base, trial.values)
-        config = replace(config, run=replace(config.run, name=trial.name, storage=str(book.folder)))
-        config, samples, own_steps = check(config)
+        try:
+            config = with_leaves(base, trial.values)
+            config = replace(config, run=replace(config.run, name=trial.name, storage=str(book.folder)))
+            config, samples, own_steps = check(config)
+            fresh = not checkpoint.steps_saved(book.folder / trial.name)
+            if fresh and (config.weights, config.model) not in first_weights:
+                first_weights.add((config.weights, config.model))
+                check_weights(config, book.folder / trial.name, samples.taxonomy)
+        except UserError as error:
+            raise UserError(f"The trial with {_in_words(trial.values)} is impossible. {error}") from error
         if own_steps != steps:
             raise UserError(
-                f"With {trial.values} a trial has {own_steps} steps, others have {steps}: they cannot be compared. "
-                f"Give all the same number by --run.steps."
+                f"With {_in_words(trial.values)} a trial has {own_steps} steps, others have {steps}: they cannot be "
+                f"compared. Give all the same number by --run.steps."
             )
-        if (config.weights, config.model) not in first_weights:
-            first_weights.add((config.weights, config.model))
-            check_weights(config, book.folder / trial.name, samples.taxonomy)
         trials[trial.name] = config
     return trials
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{leaf} = {value}" for leaf, value in values.items())
 
 
 def _trials_at_once(base: TrainConfig, asked: int | None) -> int:
@@ -243,9 +249,11 @@ def _catch_up(base: TrainConfig, book: Book) -> None:
 
 def _run(trials: Mapping[str, TrainConfig], book: Book, config: SweepConfig, steps: int, at_once: int) -> None:
     """Let Tune run the open trials; returns when all have ended, or when it was interrupted."""
-    with _scratch(book.folder) as scratch:
+    # Not in the sweep's folder: an order to a trial must not depend on a storage that is full or away.
+    with tempfile.TemporaryDirectory(prefix="maskformer-sweep-", ignore_cleanup_errors=True) as scratch:
         orders = Orders(scratch)
-        scheduler = SuccessiveHalving(config, steps, orders)
+        grace_period = config.grace_period or next(iter(trials.values())).evaluation.every
+        scheduler = SuccessiveHalving(grace_period, config.reduction_factor, steps, orders)
         for known in book.records:
             for step, pq in known.results:
                 scheduler.judge(known.name, step, pq)
@@ -296,10 +304,10 @@ def _interruptible(orders: Orders) -> Iterator[None]:
     handlers: dict[signal.Signals, Any] = {}
 
     def told(signum: int, frame: Any) -> None:
-        logger.info("Stopping: each trial saves after its current step. Ctrl-C again stops at once.")
         orders.end_all()
         for kind in handlers:
             signal.signal(kind, signal.default_int_handler)
+        logger.info("Stopping: each trial saves after its current step. Ctrl-C again stops at once.")
 
     if threading.current_thread() is threading.main_thread():
         for kind in (signal.SIGINT, signal.SIGTERM):
@@ -314,22 +322,6 @@ def _interruptible(orders: Orders) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _scratch(folder: Location) -> Iterator[str]:
-    """Make a folder for Tune's files; in the sweep's own, where that is local, since a kill leaves it behind."""
-    if not folder.is_local:
-        with tempfile.TemporaryDirectory(prefix="maskformer-sweep-") as scratch:
-            yield scratch
-        return
-    own = folder / ".tune"
-    own.delete()
-    os.makedirs(own.path)
-    try:
-        yield own.path
-    finally:
-        own.delete()
 
 
 def conclude(base: TrainConfig, book: Book, run_id: str) -> TrialRecord:

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.config import SweepConfig, TrainConfig, from_dict
+from pipelines.config import TrainConfig, from_dict
 from pipelines.errors import RunFailed, UserError
 from pipelines.training import Listener, fit
 
@@ -68,6 +68,8 @@ class TrainingTrial(tune.Trainable):
         try:
             status = "stopped" if self._orders.all else fit(config, self._listener).status
             end = {"status": status, "cause": ""}
+        except KeyboardInterrupt:  # told to end before there was anything to save
+            end = {"status": "stopped", "cause": ""}
         except (UserError, RunFailed) as error:
             end = {"status": "failed", "cause": str(error)}
         except BaseException as error:  # it belongs to the trial, and no other thread would see it
@@ -78,9 +80,8 @@ class TrainingTrial(tune.Trainable):
 class SuccessiveHalving(FIFOScheduler):
     """Ray's ASHA over trials known by their own names, so that a sweep that goes on remembers those before."""
 
-    def __init__(self, config: SweepConfig, steps: int, orders: Orders) -> None:
+    def __init__(self, grace_period: int, reduction_factor: int, steps: int, orders: Orders) -> None:
         super().__init__()
-        grace_period = config.grace_period or 1
         self._steps, self._orders = steps, orders
         self._asha = ASHAScheduler(
             time_attr="step",
@@ -88,7 +89,7 @@ class SuccessiveHalving(FIFOScheduler):
             mode="max",
             grace_period=grace_period,
             max_t=max(steps, grace_period),
-            reduction_factor=config.reduction_factor,
+            reduction_factor=reduction_factor,
         )
         self._known: set[str] = set()
 

@@ -49,9 +49,10 @@ def _watch(
     while not finished:
         # Looked at before the events are fetched, so that none is left behind.
         finished = bool(wait([future], timeout=1).done)
-        if interrupts.count > 1 or (interrupts.count and not book.open):  # impatient, or nothing to save yet
+        asked = interrupts.count > 0 or listener.stop.is_set()
+        if interrupts.count > 1 or (asked and not book.open and not finished):  # impatient, or nothing to save yet
             raise KeyboardInterrupt
-        if (interrupts.count or listener.stop.is_set()) and not stopping:
+        if asked and not stopping:
             stopping = True
             ray.get(control.request_stop.remote())
             logger.info("Stopping: the state is saved after the current step. Ctrl-C again stops at once.")

@@ -136,7 +136,7 @@ def test_a_stopped_sweep_saves_and_goes_on(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     base = replace(
         tiny,
-        run=replace(tiny.run, name="stopped", steps=3, global_batch=1536, micro_batch=2),
+        run=replace(tiny.run, name="stopped", steps=3, global_batch=512, micro_batch=2),
         evaluation=replace(tiny.evaluation, every=3),
         checkpoint=replace(tiny.checkpoint, every=3),
     )
@@ -176,7 +176,11 @@ def test_a_stopped_sweep_saves_and_goes_on(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_eight_sweeps_in_a_row_leave_nothing_behind(ray_session: str, tiny: TrainConfig, tmp_path: Path) -> None:
+def test_eight_sweeps_in_a_row_leave_nothing_behind(
+    ray_session: str, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # others use the machine's own
     base = replace(
         tiny,
         run=replace(tiny.run, steps=4),
@@ -201,7 +205,7 @@ def test_eight_sweeps_in_a_row_leave_nothing_behind(ray_session: str, tiny: Trai
         return busy
 
     def scratch() -> set[str]:
-        return {name for name in os.listdir(tempfile.gettempdir()) if "maskformer" in name or name.startswith("tmp")}
+        return set(os.listdir(tmp_path / "temporary"))
 
     before = placement_groups(), workers(), scratch()
     for number in range(8):

@@ -58,7 +58,7 @@ def slow_decision(rungs: dict[int, dict[str, float]], factor: int, name: str, st
 @pytest.mark.parametrize("factor", [2, 3])
 def test_halving_keeps_the_best_of_those_before_at_each_rung(factor: int) -> None:
     last = 2 * factor**3
-    halving = SuccessiveHalving(SweepConfig(grace_period=2, reduction_factor=factor), last, Orders("/nowhere"))
+    halving = SuccessiveHalving(2, factor, last, Orders("/nowhere"))
     rungs: dict[int, dict[str, float]] = {2 * factor**k: {} for k in range(4)}
     draw = np.random.default_rng(factor)
     stopped = 0
@@ -76,9 +76,7 @@ def test_halving_keeps_the_best_of_those_before_at_each_rung(factor: int) -> Non
 def test_halving_remembers_what_it_is_told_again() -> None:
     """Two sweeps of the same results decide the same, though the second was broken off and told of them anew."""
     results = [("a", 2, 0.5), ("b", 2, 0.6), ("a", 4, 0.7), ("c", 2, 0.4), ("d", 2, 0.9), ("d", 4, 0.6)]
-    whole, before, after = (
-        SuccessiveHalving(SweepConfig(grace_period=2, reduction_factor=2), 16, Orders("/nowhere")) for _ in range(3)
-    )
+    whole, before, after = (SuccessiveHalving(2, 2, 16, Orders("/nowhere")) for _ in range(3))
     decisions = [whole.judge(*result) for result in results]
     for result in results[:3]:
         before.judge(*result)
@@ -157,12 +155,9 @@ def test_the_book_and_its_pruning_on_s3(bucket: str) -> None:
 class OfTune:
     """A trial as Tune hands it to its callbacks."""
 
-    def __init__(self, name: str, error: Exception | None = None) -> None:
+    def __init__(self, name: str, error_file: Path | None = None) -> None:
         self.config = {"trial": {"name": name}}
-        self._error = error
-
-    def get_pickled_error(self) -> Exception | None:
-        return self._error
+        self.error_file = error_file and str(error_file)
 
 
 def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
@@ -170,7 +165,10 @@ def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
     (tmp_path / "orders").mkdir()
     orders = Orders(str(tmp_path / "orders"))
     recorder = Recorder(made, orders, keep_gigabytes=1)
-    trials = [OfTune(trial.name, ValueError("no such node\nand more")) for trial in made.records]
+    (tmp_path / "error.txt").write_text(
+        "Failure # 1 (occurred at 1:23)\nTraceback:\n  a line\nValueError: no such node\n"
+    )
+    trials = [OfTune(trial.name, tmp_path / "error.txt") for trial in made.records]
     for trial in trials:
         recorder.on_trial_start(1, [], trial)
     assert len(made.running) == 4
@@ -185,7 +183,7 @@ def test_how_trials_end_is_written_down(tmp_path: Path) -> None:
         ("waiting", ""),  # failures are tried again
         ("waiting", ""),
     ]
-    assert [trial.cause for trial in made.records] == ["", "", "why", "its process died. ValueError: no such node"]
+    assert [trial.cause for trial in made.records] == ["", "", "why", "its process died: ValueError: no such node"]
 
 
 def test_a_storage_that_refuses_does_not_end_a_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +222,7 @@ def test_trials_that_all_failed_have_no_best(base: TrainConfig, tmp_path: Path) 
         (
             {"run.steps": None, "run.epochs": 1},
             SweepConfig(space=("run.global_batch=8,16",)),
-            "Give all the same number",
+            "Give all the same number by",
         ),
     ],
 )
