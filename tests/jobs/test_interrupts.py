@@ -25,7 +25,7 @@ from tests.jobs.command_line import flags
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 60, 25
+STEPS, EVERY = 60, 1000  # whatever is saved before the last step is saved by a stop
 
 
 def wait_for(condition: Callable[[], Any], what: str, job: subprocess.Popen[str]) -> None:
@@ -92,7 +92,6 @@ def test_stopped_twice_and_finished(
         assert (end["event"], end["status"]) == ("end", "stopped")
         step = end["step"]
         assert step == max(steps_done()) + 1 < STEPS
-        assert step % EVERY
         assert checkpoint.load(checkpoint.folder(locate(run), step)).step == step
         assert f"stopped at step {step}: {run}/checkpoints/step_{step:08d}" in log.read_text()
         assert not re.search(r"^Traceback", log.read_text(), re.MULTILINE)
