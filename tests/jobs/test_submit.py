@@ -264,7 +264,7 @@ def test_credentials_that_are_missing_are_named(
 
 # ---- on a real head node
 
-STEPS, EVERY = 60, 25
+STEPS, EVERY = 60, 1000  # whatever is saved before the last step is saved by a stop
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,6 @@ def test_stopped_it_saves_and_submitted_again_it_goes_on(
     assert (end["event"], end["status"]) == ("end", "stopped")
     stopped = end["step"]
     assert stopped == max(steps_done()) + 1 < STEPS
-    assert stopped % EVERY
     assert checkpoint.load(checkpoint.folder(locate(str(run)), stopped)).step == stopped
 
     # Whoever only looks on may leave.
