@@ -254,7 +254,7 @@ def report(result: Rehearsal) -> str:
         "in it replaced": f"{', '.join(replaced)}, a checkpoint every {config.checkpoint.every} steps, no quick PQ",
         "loss of a node": f"after step {result.lost_at}; went on from step {result.resumed_at} with "
         f"{_counts(result.after)} on a node, {result.redone} steps done again, attempt {result.attempts} finished",
-        "its cause": f"{result.cause}, says the run's ledger",
+        "its cause": f"{result.cause.rstrip('.')}, says the run's ledger",
         "samples": f"{result.positions} positions, each taken once: none lost, none twice",
         "time": f"{result.first_step_seconds:.0f} s to the first step, {result.recovery_seconds:.0f} s from the loss "
         f"to the next step, {result.seconds:.0f} s in all",

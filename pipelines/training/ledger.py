@@ -10,6 +10,8 @@ import re
 import time
 from typing import Any
 
+from ray.exceptions import ActorUnavailableError
+
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -67,6 +69,9 @@ def cause(failures: dict[int, BaseException]) -> str:
 def _last_line(error: BaseException) -> str:
     if lost := _NODE_LOST.search(str(error)):
         return f"its node was lost. {lost[0].strip()}"[:500]
+    # Ray Train wraps what Ray says of a worker. This is what it says first, as long as it knows no more.
+    if isinstance(getattr(error, "health_check_failure", error), ActorUnavailableError):
+        return "its process or its node was lost; Ray cannot reach it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it. Ray Data's own
     # UserCodeException stands after what it wraps, and says nothing.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipelines.storage import Location, locate
@@ -54,6 +54,13 @@ def test_a_node_that_was_lost_is_the_cause() -> None:
     lost = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", failure=death)
     expected = "worker 1: its node was lost. The actor died because its node has died. Node Id: 5e"
     assert cause({0: remote(ECHO), 1: lost}) == expected
+
+
+def test_a_worker_out_of_reach_is_the_cause() -> None:
+    """Its death has not come to Ray's ears yet, and what is known sounds like an echo."""
+    silence = ActorUnavailableError("RpcError: RPC error: recvmsg:Connection reset by peer rpc_code: 14", None)
+    lost = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", failure=silence)
+    assert cause({0: remote(ECHO), 1: lost}) == "worker 1: its process or its node was lost; Ray cannot reach it."
 
 
 def test_an_echo_is_better_than_nothing() -> None:
