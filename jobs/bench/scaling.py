@@ -59,17 +59,17 @@ COPY = 5.0  # GB a second from a GPU to pageable memory, for a checkpoint's snap
 SCORE = 0.3  # seconds to post-process and score an image of the quick PQ, beside the network
 
 OVERHEADS = {
-    "step": 37.9,  # ms of the demo's `train_step` with one small picture, one worker
-    "agree": 0.31,  # ms until two workers agree on two numbers, as before each step: gloo, loopback
-    "loop": 3.8,  # ms of a step beside `train_step` and waiting for data, one worker
-    "report": 43.0,  # ms that a small checkpoint holds two workers up
-    "start": 23.0,  # s from the call of fit() to the end of the first step, two workers
-    "task": 69.0,  # ms of a Ray Data task and its share of an execution, beside its images
-    "head": 2.7,  # CPU ms of a task in the head's GCS
-    "raylets": 15.2,  # CPU ms of a task in all raylets
-    "trainer": 38.8,  # CPU ms of a task of 16 images in the trainer's process
+    "step": 38.1,  # ms of the demo's `train_step` with one small picture, one worker
+    "agree": 0.32,  # ms until two workers agree on two numbers, as before each step: gloo, loopback
+    "loop": 5.5,  # ms of a step beside `train_step` and waiting for data, one worker
+    "report": 69.0,  # ms that a small checkpoint holds two workers up
+    "start": 19.2,  # s from the call of fit() to the end of the first step, two workers
+    "task": 39.0,  # ms of a Ray Data task and its share of an execution, beside its images
+    "head": 2.2,  # CPU ms of a task in the head's GCS
+    "raylets": 15.1,  # CPU ms of a task in all raylets
+    "trainer": 32.7,  # CPU ms of a task of 16 images in the trainer's process
 }
-"""Measured on two cores of an AMD EPYC that others used too: for the model, when a part is left out."""
+"""Measured on two cores of an AMD EPYC: for the model, when a part is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
