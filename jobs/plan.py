@@ -45,8 +45,10 @@ class _Flags(TrainFlags):
     def __post_init__(self) -> None:
         if self.rehearse and self.live:
             raise ValueError("--rehearse simulates the nodes that --cluster.* describe: leave --live out.")
-        if not self.images_per_cpu_second > 0 or (self.price is not None and not self.price >= 0):
-            raise ValueError("--images-per-cpu-second must be above 0 and --price not below.")
+        if not self.images_per_cpu_second > 0:
+            raise ValueError(f"--images-per-cpu-second must be above 0, got {self.images_per_cpu_second:g}.")
+        if self.price is not None and not self.price >= 0:
+            raise ValueError(f"--price must not be below 0, got {self.price:g}.")
         if not 0 <= self.masks[0] <= self.masks[1] <= self.masks[2]:
             raise ValueError(f"--masks must rise from the mean to the most, got {self.masks}.")
 

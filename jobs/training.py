@@ -80,7 +80,7 @@ def chosen_recipe(recipes: tuple[TrainConfig, ...]) -> TrainConfig:
         source = f", which {asked.config} is for" if "recipe" in values else ""
         raise UserError(
             f"There is no recipe {name!r} for this job{source}. "
-            f"Use --recipe with one of: {', '.join(recipe.recipe for recipe in recipes)}."
+            f"Use --recipe with one of: {', '.join(dict.fromkeys(recipe.recipe for recipe in recipes))}."
         )
     try:
         return with_leaves(recipe, values)

@@ -75,6 +75,8 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
         "data_hash": samples.data_hash,
     }
     run_id = _require_same(folder, record)
+    if config.trials < (there := space.combinations(axes)) < math.inf:
+        logger.info("%d of %d combinations are tried; --sweep.trials %d tries all.", config.trials, there, there)
     book = Book(folder, space.sample(axes, config.trials, base.run.seed))
     trials = _checked(base, book, steps)
     if book.open:
@@ -337,6 +339,11 @@ def conclude(base: TrainConfig, book: Book, run_id: str) -> TrialRecord:
         raise RunFailed(
             f"No trial of the sweep {base.run.name} came through. {best.name}: {cause.rstrip('.')}. The same command "
             f"tries the failed ones again."
+        )
+    if report.tied(book.records):
+        logger.warning(
+            "Every trial ends with a quick PQ of %.1f: none is better than another. Train longer (--run.steps).",
+            100 * best.last[1],
         )
     config = with_leaves(base, best.values)
     config = replace(config, run=replace(config.run, name=""))  # it is to be trained under a name of its own

@@ -39,6 +39,12 @@ class TrialRecord:
         return self.results[-1] if self.results else (0, math.nan)
 
 
+def tied(records: Iterable[TrialRecord]) -> bool:
+    """Tell whether several trials have a result and all of them the same PQ, such as 0 before anything is learned."""
+    found = [trial.last[1] for trial in records if trial.results]
+    return len(found) > 1 and len(set(found)) == 1
+
+
 def ranking(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Sort trials, the best first: those that reached the end by their last PQ, then the others by how far they came.
 

@@ -76,9 +76,17 @@ def parse(texts: Sequence[str], base: TrainConfig) -> tuple[Axis, ...]:
         if axis.leaf in axes:
             raise UserError(f"The sweep varies {axis.leaf} twice. Give it all its values at once.")
         for value in axis.values if isinstance(axis, Choices) else (axis.low, axis.high):
-            with_leaves(base, {axis.leaf: value})
+            try:
+                with_leaves(base, {axis.leaf: value})
+            except UserError as error:
+                raise UserError(f"--sweep.space {text}: {error}") from error
         axes[axis.leaf] = axis
     return tuple(axes.values())
+
+
+def combinations(axes: Sequence[Axis]) -> float:
+    """Count the combinations there are; infinity if a range is among the axes."""
+    return math.prod(len(axis.values) if isinstance(axis, Choices) else math.inf for axis in axes)
 
 
 def sample(axes: Sequence[Axis], count: int, seed: int) -> list[dict[str, Any]]:

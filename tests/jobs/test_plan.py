@@ -84,7 +84,14 @@ def test_refusals(planned: Callable[..., Answer], arguments: list[str], message:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--price", "-1"], ["--masks", "3", "2", "1"], ["--cluster.tflops", "3", "1"]], ids=lambda a: a[0]
+    "arguments",
+    [
+        ["--price", "-1"],
+        ["--images-per-cpu-second", "0"],
+        ["--masks", "3", "2", "1"],
+        ["--cluster.tflops", "3", "1"],
+    ],
+    ids=lambda a: a[0],
 )
 def test_numbers_that_make_no_sense(planned: Callable[..., Answer], arguments: list[str]) -> None:
     status, out, err = planned(*arguments)

@@ -10,7 +10,7 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.leaves import with_leaves
 from pipelines.recipes import DEMO, SWIN_L_ORIGINAL
-from pipelines.sweep.space import Choices, Range, parse, sample
+from pipelines.sweep.space import Choices, Range, combinations, parse, sample
 
 
 def test_values_have_the_type_of_their_leaf() -> None:
@@ -43,6 +43,7 @@ def test_values_have_the_type_of_their_leaf() -> None:
         (["loss.dice_weight=3"], r"has a single value\. .* --loss\.dice-weight"),
         (["weights=none,"], r"has an empty choice"),
         (["loss.dice_weight=1,two"], r"loss\.dice_weight is a finite number, got 'two'"),
+        (["loss.dice_weight=1,two"], r"^--sweep\.space loss\.dice_weight=1,two: "),
         (["model.num_queries=1.5,2"], r"model\.num_queries is a whole number, got '1\.5'"),
         (["optimizer.lr=none,1"], r"optimizer\.lr is a finite number, got 'none'"),
         (["data.require_thing=yes,no"], r"data\.require_thing is true or false, got 'yes'"),
@@ -112,6 +113,8 @@ def test_a_larger_grid_is_drawn_from_without_repetition() -> None:
         assert len(trials) == 11
         assert distinct(trials) < whole
     assert len({frozenset(distinct(sample(axes, 2, seed))) for seed in range(20)}) > 10
+    assert combinations(axes) == 12
+    assert combinations([*axes, Range("optimizer.lr", 1e-5, 1e-3, log=True)]) == math.inf
     huge = [Choices(f"leaf{number}", tuple(range(100))) for number in range(9)]  # 10^18
     assert len(distinct(sample(huge, 50, seed=0))) == 50
 

@@ -54,6 +54,12 @@ def test_finished_trials_of_different_lengths_are_ranked_by_pq() -> None:
     assert report.ranking([long, short]) == [short, long]
 
 
+def test_trials_that_learned_nothing_are_tied() -> None:
+    assert report.tied(one_step([0.0, 0.0, 0.0]))
+    assert not report.tied(one_step([0.0, 0.0, 0.1]))
+    assert not report.tied([*one_step([0.0]), trial("failed", "failed", [])])  # one alone
+
+
 def test_numbers_are_scored_by_rank_correlation() -> None:
     pqs = [0.3, 0.1, 0.4, 0.15, 0.9, 0.26]
     columns = {
