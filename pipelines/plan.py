@@ -17,6 +17,8 @@ from pipelines.errors import UserError
 from pipelines.memory import StateMemory, activations, multiply_adds, published_layout, state_memory
 
 GB = 1e9
+GPU_TFLOPS = (5.0, 30.0)
+"""What a GPU sustains in training, at worst and at best: a guess for an A100 with one image at a time."""
 PACKED_IMAGE_BYTES = 160_000
 """Published: COCO's train2017 is 18 GB of JPEG and 0.8 GB of panoptic PNG for 118,287 images."""
 PASSES = 3
@@ -185,7 +187,7 @@ def make_plan(
 
     operations = 2 * PASSES * multiply_adds(config.model, typical)
     per_worker = split.accumulation * run.micro_batch
-    worst, best = hardware.tflops or ((5, 30) if on_gpu else (0.01 * scaling.threads, 0.05 * scaling.threads))
+    worst, best = hardware.tflops or (GPU_TFLOPS if on_gpu else (0.01 * scaling.threads, 0.05 * scaling.threads))
     compute = Range(per_worker * operations / (best * 1e12), per_worker * operations / (worst * 1e12))
     # Ring all-reduce: each gradient travels around the ring twice, but for its own stretch. float32, whatever autocast
     # does. Only what crosses between nodes is slow enough to count.

@@ -35,8 +35,8 @@ from maskformer.optim import build_optimizer
 from pipelines.config import ScalingConfig, TrainConfig
 from pipelines.data.augment import AugmentConfig, Sample, augment, sample_rng
 from pipelines.data.batch import PanopticBatch
-from pipelines.memory import multiply_adds
-from pipelines.plan import GB, Hardware, image_sizes, make_plan
+from pipelines.memory import multiply_adds, state_memory
+from pipelines.plan import GB, GPU_TFLOPS, Hardware, image_sizes, make_plan
 from pipelines.recipes import COCO_TRAIN_IMAGES, DEMO, R50_MMDET, SWIN_L_MMDET
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Scaling:
     """Of step and data; each takes all variants in turn."""
     steps: int = 300
     """Of each run of fit."""
-    cluster: Hardware = field(default_factory=lambda: Hardware(tflops=(5, 30)))
+    cluster: Hardware = field(default_factory=Hardware)
 
 
 def main() -> None:
@@ -233,8 +233,9 @@ def measure_fits(flags: Scaling, overheads: dict[str, float]) -> tuple[str, dict
             if n == 2:
                 found |= {"start": first, "report": max(0.0, median(held))}
     notes = (
-        f"The same pictures and network, Ray running already; a checkpoint of 17 MB every {EVERY} steps, to a local "
-        f"disk. Driver, data tasks, database and the checkpoint's writing want the same cores."
+        f"The same pictures and network, Ray running already; a checkpoint of "
+        f"{state_memory(DEMO.model).checkpoint / 1e6:.0f} MB every {EVERY} steps, to a local disk. Driver, data tasks, "
+        f"database and the checkpoint's writing want the same cores."
     )
     return f"{_table(rows)}\n{notes}", found
 
@@ -352,7 +353,7 @@ def model(config: TrainConfig, flags: Scaling, overheads: dict[str, float]) -> s
     loop, agree, report, start, task = (overheads[key] / 1000 for key in ("loop", "agree", "report", "start", "task"))
     typical, areas = image_sizes(config.data.augment)[1], drawn_areas(config.data.augment)
     usual, largest = mean(areas) / math.prod(typical), expected_largest(areas, n) / math.prod(typical)
-    worst, best = hardware.tflops or (5, 30)
+    worst, best = hardware.tflops or GPU_TFLOPS
     per_task = config.data.samples_per_task
     plan = make_plan(
         config,

@@ -98,7 +98,7 @@ def sample(axes: Sequence[Axis], count: int, seed: int) -> list[dict[str, Any]]:
     """
     choices = [axis for axis in axes if isinstance(axis, Choices)]
     if len(choices) == len(axes):
-        size = math.prod(len(axis.values) for axis in choices)
+        size = int(combinations(choices))
         numbers = range(size) if size <= count else random.Random(seed).sample(range(size), count)
         return [_combination(choices, number) for number in numbers]
     shares = LatinHypercube(len(axes), rng=np.random.default_rng(seed)).random(count).tolist()

@@ -67,10 +67,10 @@ def cause(failures: dict[int, BaseException]) -> str:
 
 
 def _last_line(error: BaseException) -> str:
+    error = getattr(error, "health_check_failure", error)  # Ray Train wraps what Ray says of a worker
     if lost := _NODE_LOST.search(str(error)):
         return f"its node was lost. {lost[0].strip()}"[:500]
-    # Ray Train wraps what Ray says of a worker. This is what it says first, as long as it knows no more.
-    if isinstance(getattr(error, "health_check_failure", error), ActorUnavailableError):
+    if isinstance(error, ActorUnavailableError):  # what Ray says first, as long as it knows no more
         return "its process or its node was lost; Ray cannot reach it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it. Ray Data's own

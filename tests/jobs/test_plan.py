@@ -96,4 +96,5 @@ def test_refusals(planned: Callable[..., Answer], arguments: list[str], message:
 def test_numbers_that_make_no_sense(planned: Callable[..., Answer], arguments: list[str]) -> None:
     status, out, err = planned(*arguments)
     assert (status, out) == (2, "")
+    assert arguments[0].removeprefix("--") in err
     assert "Traceback" not in err

@@ -43,6 +43,8 @@ def test_the_cause_is_not_an_echo(echo: Exception, culprit: int) -> None:
 
 
 def test_a_worker_that_died_is_the_cause() -> None:
+    lost = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", failure=ActorDiedError())
+    assert cause({0: remote(ECHO), 1: lost}).startswith("worker 1: ActorDiedError: The actor died")
     assert cause({0: remote(ECHO), 1: ActorDiedError()}).startswith("worker 1: ActorDiedError: The actor died")
 
 
