@@ -3,30 +3,46 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow check clean
+.PHONY: help demo test test-slow check format numerics clean
 
-demo: .venv/installed  ## train, evaluate and register a small model, end to end
+help:  ## list the targets
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/installed  ## train, evaluate and register a small model: 8 minutes on two cores
 	@$(BIN)/python jobs/train_demo.py
 
-test: .venv/installed  ## everything that needs no GPU and no network
+test: .venv/installed  ## run every test that needs no GPU and no network
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: .venv/installed  ## the long trials too
+test-slow: .venv/installed  ## run the long tests too
 	@$(BIN)/python -m pytest -m "not gpu"
 
-check: .venv/installed  ## format, lint, types, import contracts, spelling
+check: .venv/installed  ## check format, lint, types, import contracts and spelling, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
-	$(BIN)/codespell maskformer pipelines jobs cluster tests README.md Makefile pyproject.toml
+	$(BIN)/codespell --builtin clear,rare,en-GB_to_en-US maskformer pipelines jobs cluster docs tests README.md CONTRIBUTING.md CHANGELOG.md Makefile pyproject.toml
+
+format: .venv/installed  ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+numerics: .venv/installed  ## print hashes of losses and weights, which a refactoring must not change
+	@$(BIN)/python jobs/bench/numerics.py
 
 .venv/installed: pyproject.toml constraints.txt Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@if test -x $(BIN)/python; then echo "Updating .venv."; else \
+		$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or \
+			sys.exit("error: Python 3.11 is needed, got %d.%d. Use: make PYTHON=python3.11" % sys.version_info[:2])' && \
+		echo "Installing PyTorch, Ray, MLflow and the development tools into .venv: about 7 GB on disk." && \
+		echo "This takes 3 minutes or more and prints nothing. The demo itself takes about 8 minutes on two cores." && \
+		$(PYTHON) -m venv .venv; \
+	fi
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@# The oracle of the PQ tests; its declared dependencies are not needed for scoring.
-	$(BIN)/python -m pip install --quiet --no-deps panopticapi-lite==0.2.0
+	@$(BIN)/python -m pip install --quiet --no-deps panopticapi-lite==0.2.0
 	@touch $@
 
 clean:  ## remove the environment and what the demo made

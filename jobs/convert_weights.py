@@ -1,36 +1,37 @@
-"""Turn a MaskFormer checkpoint of mmdetection, detectron2, Hugging Face or ours into another of these formats.
+"""Convert a MaskFormer checkpoint of mmdetection, detectron2, Hugging Face or the native format to another format.
 
-python jobs/convert_weights.py --input maskformer_r50.pth --output maskformer_r50.safetensors --to own
+python jobs/convert_weights.py --input maskformer_r50.pth --output maskformer_r50.safetensors --to native
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from jobs.cli import parse, run
-from maskformer import Taxonomy, build_model, weights
-from pipelines import pretrained
+from jobs.shared.cli import parse, run
+from maskformer.config import WeightFormat
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from maskformer import Taxonomy
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertWeights:
-    """Turn a MaskFormer checkpoint into another format. The input's format and architecture are found out."""
+    """Turn a MaskFormer checkpoint into another format. The input's format and architecture are detected."""
 
     input: str
-    """A file, a folder with config.json as Hugging Face's and our own checkpoints are, or a run's; or its URI."""
+    """Checkpoint to convert, a path or URI: a file, a folder with config.json (Hugging Face or native), or a run."""
     output: str
     """A new file; for huggingface, a new folder."""
-    to: weights.Format
-    """own (safetensors), mmdet (3.x), mmdet2 (2.x) or huggingface (a folder for from_pretrained)."""
+    to: WeightFormat
+    """native (safetensors), mmdet (3.x), mmdet2 (2.x) or huggingface (a folder for from_pretrained)."""
     categories: str | None = None
-    """A JSON with COCO panoptic `categories`, to which the class head is then fitted by name."""
+    """JSON file with COCO panoptic `categories`. The class head is matched to them by name."""
 
 
 def main() -> None:
-    flags = parse(ConvertWeights)
+    flags = parse(ConvertWeights, description=__doc__)
     try:
         print(_convert(flags))
     except ValueError as error:
@@ -40,9 +41,15 @@ def main() -> None:
     print(f"written to {flags.output}")
 
 
-def _convert(flags: ConvertWeights) -> weights.LoadReport:
+def _convert(flags: ConvertWeights) -> str:
+    """Convert, and return what was found in the input."""
+    import torch  # --help should not
+
+    from maskformer import build_model, weights
+    from pipelines.checkpoints import pretrained
+
     file = pretrained.read(flags.input)
-    config = weights.detect(file)
+    config = weights.detect_config(file)
     taxonomy = None
     if flags.categories is not None:
         taxonomy = _read_categories(Path(flags.categories))
@@ -60,10 +67,12 @@ def _convert(flags: ConvertWeights) -> weights.LoadReport:
         model = build_model(config)
     model.load_state_dict(state, assign=True)
     weights.save(model, flags.output, flags.to, taxonomy)
-    return report
+    return str(report)
 
 
-def _read_categories(path: Path) -> Taxonomy:
+def _read_categories(path: Path) -> "Taxonomy":
+    from maskformer import Taxonomy
+
     try:
         content = json.loads(path.read_text("utf-8"))
         return Taxonomy.from_coco(content["categories"] if isinstance(content, dict) else content)

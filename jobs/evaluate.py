@@ -1,15 +1,31 @@
-"""Compute the PQ of a checkpoint over a packed data set, log it to MLflow, and register the model if asked to."""
+"""Compute the PQ of a checkpoint on a packed data set, log it to MLflow, and register the model if asked to.
 
-from jobs.cli import parse, run
-from pipelines.config import PublishConfig
+python jobs/evaluate.py --checkpoint runs/demo --data runs/demo-data/val
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from jobs.shared.cli import parse, run
+from jobs.shared.console import quiet
+from pipelines.config.publish import PublishConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flags:
+    publish: Annotated[PublishConfig, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show the output of Ray and MLflow instead of writing it to a log file."""
 
 
 def main() -> None:
-    config = parse(PublishConfig, description=__doc__)
+    flags = parse(_Flags, description=__doc__)
+    with quiet(flags.verbose):
+        from pipelines.evaluation.publish import publish  # imports Ray, which --help should not
 
-    from pipelines.publish import publish  # imports Ray, which --help should not
-
-    published = publish(config)
+        published = publish(flags.publish)
     quality = published.evaluation.quality
     print(f"\n{'percent':<26}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}")
     for name, group in (("all", quality.all), ("things", quality.things), ("stuff", quality.stuff)):
@@ -18,9 +34,10 @@ def main() -> None:
         if values.tp + values.fp + values.fn:
             print(f"  {name:<24}{100 * values.pq:>7.1f}{100 * values.sq:>7.1f}{100 * values.rq:>7.1f}")
     print(f"\n{quality.num_images} images; predictions in {published.evaluation.output}")
-    print(f"MLflow run {published.mlflow_run_id} at {published.tracking_uri}")
+    print(published.mlflow_run)
     if published.model_version:
-        print(f"registered as models:/{config.register}@{config.alias}, version {published.model_version}")
+        name, alias = flags.publish.register, flags.publish.alias
+        print(f"registered as models:/{name}@{alias}, version {published.model_version}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Backbones: an image becomes four feature maps, fine to coarse.
+"""Backbones, which turn an image into four feature maps, fine to coarse.
 
-A backbone is a module with `channels` (of its four maps) and `forward(images) -> list of four maps`. Every halving
-rounds up, whatever the size of the image: ceil(H / 2), then half of that, and so on.
+A backbone is a module with `channels`, the channels of its four maps, and `forward(images) -> list of four maps`. Every
+halving rounds up, for any image size: ceil(H / 2), then half of that, and so on.
 
-Letters: B images, C channels, H W image, h w feature map (each its own).
+Letters: B images, C channels, H W image, h w feature map (a different size for each map).
 """
 
 from functools import partial
@@ -20,10 +20,10 @@ from maskformer.config import ModelConfig
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that always applies its stored statistics and does not learn.
+    """Batch normalization that always applies its stored statistics and does not train.
 
-    One image per device is too few for statistics. The affine tensors stay parameters (without gradient), so that
-    the names and the size of the network are those of torchvision's checkpoints.
+    One image per device is too few to estimate statistics. The affine tensors stay parameters (without gradient), so
+    the parameter names and their number match torchvision's checkpoints.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -32,12 +32,12 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        """Stay in evaluation mode, whatever the rest of the model does."""
+        """Stay in evaluation mode, even if the rest of the model trains."""
         return super().train(False)
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet-50 or -101 without its classifier: strides 4, 8, 16 and 32. All convolutions train.
+    """torchvision's ResNet-50 or -101 without its classifier, strides 4, 8, 16 and 32. All convolutions train.
 
     Parameter names are torchvision's.
     """
@@ -68,13 +68,13 @@ class ResNet(nn.Module):
 
 
 class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
-    """torchvision's window attention, which also shifts where the map is not larger than one window.
+    """torchvision's window attention, except that it also shifts a map no larger than one window.
 
-    torchvision leaves the shift out there, as the published classifier does. The published detectors always shift.
+    torchvision omits the shift for such maps, as the published classifier does. The published detectors always shift.
     """
 
     def define_relative_position_index(self) -> None:
-        """Keep the index, a constant of the window size, out of the checkpoints."""
+        """Exclude the index from checkpoints; it follows from the window size."""
         super().define_relative_position_index()
         self._non_persistent_buffers_set.add("relative_position_index")
 
@@ -84,7 +84,7 @@ class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
         window_height, window_width = self.window_size
         if not any(self.shift_size) or (height > window_height and width > window_width):
             return super().forward(x)
-        # The shift and its mask are made here; torchvision's function then sees plain windows with a bias for each.
+        # The shift and its mask are applied here, so torchvision's function gets a shift of 0 and one bias per window.
         x = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
         bias = self.get_relative_position_bias() + self._shift_mask(x.shape[1], x.shape[2], x.device)
         x = swin_transformer.shifted_window_attention(
@@ -104,14 +104,14 @@ class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
         return x.roll(self.shift_size, (1, 2))[:, :height, :width]
 
     def _shift_mask(self, height: int, width: int, device: torch.device) -> Float[Tensor, "windows 1 cells cells"]:
-        """Return -100 between cells that only the roll brought into one window, 0 elsewhere."""
+        """Return -100 for pairs of cells that share a window only because of the roll, 0 elsewhere."""
         regions = torch.zeros(height, width, device=device)
         for axis, (size, window, shift) in enumerate(
             zip((height, width), self.window_size, self.shift_size, strict=True)
         ):
-            place = torch.arange(size, device=device)
-            # Beyond the last full window lie the rows that belong together, and those that came from the other side.
-            region = (place >= size - window).long() + (place >= size - shift).long()
+            index = torch.arange(size, device=device)
+            # The last window holds rows (columns) that belong together, then those rolled in from the opposite side.
+            region = (index >= size - window).long() + (index >= size - shift).long()
             regions = 3 * regions + (region[:, None] if axis == 0 else region)
         down, across = self.window_size
         windows = regions.view(height // down, down, width // across, across).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -119,11 +119,11 @@ class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
 
 
 class Swin(nn.Module):
-    """torchvision's Swin transformer without its classifier, as a backbone: strides 4, 8, 16 and 32.
+    """torchvision's Swin transformer without its classifier, strides 4, 8, 16 and 32.
 
-    Beside the shift (`ShiftedWindowAttention`) it differs from torchvision's in two things, as the published
-    detectors do: an image that the patches do not divide is padded instead of cut, and each output has its own norm.
-    Parameter names are torchvision's, `features.*`, and `norms.*`.
+    Besides the shift (`ShiftedWindowAttention`), it differs from torchvision in two ways, like the published detectors:
+    an image whose size is no multiple of the patch size is padded instead of cropped, and each output has its own norm.
+    Parameter names are torchvision's, `features.*`, plus `norms.*`.
     """
 
     def __init__(
@@ -143,11 +143,11 @@ class Swin(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
-        """Return the outputs of the four stages, before the patches are merged."""
+        """Return the outputs of the four stages, before patch merging."""
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % 4, 0, -height % 4))
         features: list[Tensor] = []
-        # The embedding of the patches, a stage, a merging of patches, a stage, and so on.
+        # The layers alternate: patch embedding, stage, patch merging, stage, and so on.
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index % 2:
@@ -156,9 +156,9 @@ class Swin(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """Four residual blocks at strides 2, 4, 8 and 8, for pictures of some 64 pixels on a CPU.
+    """Four residual blocks at strides 2, 4, 8 and 8, for images of about 64 pixels on a CPU.
 
-    GroupNorm, because nothing is pretrained and batches are small.
+    It uses GroupNorm, because it is not pretrained and batches are small.
     """
 
     channels = (32, 64, 96, 128)
@@ -192,7 +192,7 @@ class SmallBackbone(nn.Module):
 
 
 def build_backbone(config: ModelConfig) -> ResNet | Swin | SmallBackbone:
-    """Build the backbone that the configuration names, with random weights."""
+    """Build the backbone `config.backbone` with random weights."""
     match config.backbone:
         case "resnet50":
             return ResNet(50)

@@ -1,39 +1,54 @@
-"""What configures the model, its losses and its post-processing, and the model presets.
+"""Configuration of the model, losses, post-processing, optimizer and schedule, and the model presets.
 
 The defaults are the published COCO panoptic model (arXiv:2107.06278) as mmdetection 2.25 trained it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+WeightFormat = Literal["native", "mmdet", "mmdet2", "huggingface"]
+"""File format of saved weights: safetensors with the native names, mmdetection 3.x or 2.x (.pth), or a folder for
+`from_pretrained` of transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a MaskFormer."""
+    """Architecture of a MaskFormer."""
 
     backbone: Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"] = "resnet50"
-    """`small` is a GroupNorm network of a few hundred thousand parameters, for demonstrations on a CPU."""
+    """Backbone network. `small` is a GroupNorm network of a few hundred thousand parameters, for demos on a CPU."""
     num_classes: int = 133
-    """Things and stuff together; index `num_classes` of the class logits is "no object"."""
+    """Number of classes, things and stuff together. Index `num_classes` of the class logits is "no object"."""
     num_queries: int = 100
+    """Number of object queries, the most segments an image can have."""
     hidden_dim: int = 256
+    """Channels of the pixel decoder, the transformer and the query embeddings."""
     num_heads: int = 8
+    """Attention heads per transformer layer."""
     feedforward_dim: int = 2048
+    """Hidden units of the transformer's feed-forward networks."""
     encoder_layers: int = 6
-    """Transformer layers on the coarsest feature map, inside the pixel decoder; 0 is the plain FPN."""
+    """Transformer encoder layers in the pixel decoder; 0 is the plain FPN. They process the coarsest feature map."""
     decoder_layers: int = 6
+    """Layers of the transformer decoder. Each has losses of its own."""
     dropout: float = 0.1
-    """On attention weights, after attention, and in the encoder's feed-forward layers."""
+    """Dropout rate of the transformer. It applies to attention weights, attention outputs and the encoder's
+    feed-forward networks."""
     decoder_feedforward_dropout: float = 0.0
-    """0 is what mmdetection 2.25 really ran with, although its configuration says 0.1."""
+    """Dropout rate of the decoder's feed-forward networks. The published training in mmdetection 2.25 used 0, although
+    its configuration states 0.1."""
     drop_path: float = 0.0
-    """Probability that a branch of Swin's last block is left out; it rises linearly from 0 in the first block."""
-    initialisation: Literal["mmdetection", "original"] = "mmdetection"
-    """`original` draws every convolution of the pixel decoder from Caffe2's Xavier. mmdetection means to, but its loop
-    ends one level early, so both res4 convolutions start from a wider Kaiming normal."""
+    """Stochastic depth rate of Swin's last block. The rate rises linearly from 0 in the first block; ResNets and
+    `small` ignore it."""
+    initialization: Literal["mmdetection", "original"] = "mmdetection"
+    """Initialization of the pixel decoder's convolutions. `original` draws all from Caffe2's Xavier. mmdetection
+    intends the same, but its loop ends one level early, so both res4 convolutions start from a wider Kaiming normal
+    distribution."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """RGB, in units of 0..255."""
+    """Mean of each RGB channel, on the scale 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Standard deviation of each RGB channel, on the scale 0..255."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "feedforward_dim", "decoder_layers"):
@@ -55,15 +70,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the three losses. The matching costs carry the same weights, as in both published codes."""
+    """Weights of the three losses. The matching costs use the same weights, as in both published implementations."""
 
     classification_weight: float = 1.0
+    """Weight of the classification loss (cross-entropy) and matching cost."""
     focal_weight: float = 20.0
+    """Weight of the focal mask loss and matching cost."""
     dice_weight: float = 1.0
+    """Weight of the dice mask loss and matching cost."""
     no_object_weight: float = 0.1
-    """Weight of the "no object" class inside the cross-entropy."""
+    """Weight of the "no object" class in the cross-entropy."""
     focal_alpha: float = 0.25
+    """Weight of pixels inside a mask in the focal loss. Pixels outside get 1 - alpha."""
     focal_gamma: float = 2.0
+    """Focusing exponent of the focal loss. Larger values reduce the loss of pixels that are already right."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -73,17 +93,84 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PanopticConfig:
-    """Thresholds of the panoptic fusion."""
+    """Thresholds that turn the predictions into panoptic segments."""
 
     score_threshold: float = 0.8
-    """A query is kept if its class probability is above this."""
+    """Class probability above which a query is kept."""
     overlap_threshold: float = 0.8
-    """A segment is kept if at least this share of its own mask (probability >= 0.5) is left to it."""
+    """Smallest share of its own mask that a kept segment must win. Its own mask is where its probability is >= 0.5;
+    other queries may win some of these pixels."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"panoptic.{name} must lie in [0, 1], got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Settings of AdamW. The defaults are the published ResNet-50 recipe."""
+
+    lr: float = 1e-4
+    """Peak learning rate of everything but the backbone."""
+    backbone_lr_multiplier: float = 0.1
+    """Factor on the learning rate for the backbone."""
+    weight_decay: float = 1e-4
+    """Weight decay of weights and biases outside norm layers."""
+    norm_weight_decay: float = 0.0
+    """Weight decay of the norm layers outside the backbone."""
+    backbone_norm_weight_decay: float = 0.0
+    """Weight decay of the backbone's norm layers. Swin-L was trained with 0.01 in mmdetection, because its inherited
+    rule for the backbone takes precedence over the one for norms."""
+    query_weight_decay: float = 0.0
+    """Weight decay of the query embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
+    eps: float = 1e-8
+    """Term added to AdamW's denominator for numerical stability."""
+    clip_norm: float = 0.01
+    """Largest L2 norm of all gradients together; 0 turns clipping off. Raw norms are far above 0.01, so with the
+    default every gradient ends up with this norm."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"optimizer.{name} must be positive, got {value}.")
+        decays = ("weight_decay", "norm_weight_decay", "backbone_norm_weight_decay", "query_weight_decay")
+        for name in ("backbone_lr_multiplier", *decays, "clip_norm"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"optimizer.{name} must not be negative, got {value}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}; the usual pair is (0.9, 0.999).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate schedule, a factor on every learning rate. The defaults are the published ResNet-50 recipe."""
+
+    kind: Literal["step", "cosine"] = "step"
+    """Shape of the schedule. `step` multiplies the rate by 0.1 at each milestone; `cosine` decays from the end of the
+    warm-up to zero."""
+    milestone_epochs: tuple[float, ...] = (50.0,)
+    """Epochs after which the learning rate drops, for `step` only."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from `warmup_start_factor` to 1."""
+    warmup_start_factor: float = 1e-6
+    """Factor on the learning rate at the first warm-up step."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"schedule.warmup_steps must not be negative, got {self.warmup_steps}; 0 is no warm-up.")
+        if not 0 <= self.warmup_start_factor <= 1:
+            raise ValueError(f"schedule.warmup_start_factor must lie in [0, 1], got {self.warmup_start_factor}.")
+        milestones = self.milestone_epochs
+        if not all(0 < epoch < math.inf for epoch in milestones) or list(milestones) != sorted(set(milestones)):
+            raise ValueError(
+                f"schedule.milestone_epochs must be positive and ascending, got {milestones}; "
+                f"write the epochs after which the learning rate drops, for example (50,)."
+            )
 
 
 R50 = ModelConfig()
@@ -93,18 +180,20 @@ R101 = ModelConfig(backbone="resnet101")
 """ResNet-101 with the transformer-encoder pixel decoder."""
 
 SWIN_T = ModelConfig(backbone="swin_t", encoder_layers=0, drop_path=0.3)
-"""Swin-T with the plain feature pyramid, as all Swins."""
+"""Swin-T with the plain feature pyramid, as all Swin presets have."""
 
 SWIN_S = ModelConfig(backbone="swin_s", encoder_layers=0, drop_path=0.3)
+"""Swin-S with the plain feature pyramid."""
 
 SWIN_B = ModelConfig(backbone="swin_b", encoder_layers=0, drop_path=0.3)
+"""Swin-B with the plain feature pyramid and windows of 12 patches."""
 
 SWIN_L = ModelConfig(backbone="swin_l", encoder_layers=0, drop_path=0.3)
-"""Swin-L, windows of 12: 211,571,258 parameters."""
+"""Swin-L with the plain feature pyramid and windows of 12 patches: 211,571,258 parameters."""
 
 DEMO = ModelConfig(
     backbone="small",
-    initialisation="original",
+    initialization="original",
     num_classes=7,
     num_queries=16,
     hidden_dim=96,
@@ -114,4 +203,4 @@ DEMO = ModelConfig(
     decoder_layers=3,
     dropout=0.0,
 )
-"""1.4 million parameters and no batch statistics: learns small pictures on a CPU in minutes."""
+"""Demo model: 1.4 million parameters and no batch statistics. It learns small images on a CPU in minutes."""

@@ -1,7 +1,9 @@
-"""The three losses with deep supervision (arXiv:2107.06278, sections 3.2 and 3.3), in the values both codes give.
+"""The three losses with deep supervision (arXiv:2107.06278, sections 3.2 and 3.3).
 
-L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, H W padded image,
-h w the map of the mask logits.
+The values equal those of both published implementations.
+
+Letters: L decoder layers, B images, Q queries, K classes (K1 = K + 1, "no object" is index K), N segments, H W padded
+image, h w map of the mask logits.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ class Losses(NamedTuple):
     """The weighted losses of a batch, float32."""
 
     by_layer: Float[Tensor, "L 3"]
-    """Classification, focal and dice of each decoder layer."""
+    """Classification, focal and dice loss of each decoder layer."""
 
     @property
     def classification(self) -> Float[Tensor, ""]:
@@ -38,7 +40,7 @@ class Losses(NamedTuple):
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """What to differentiate: the sum over losses and layers."""
+        """The sum over losses and layers, on which to call `backward`."""
         return self.by_layer.sum()
 
 
@@ -47,13 +49,16 @@ def compute_losses(
 ) -> Losses:
     """Match every decoder layer's queries to the targets and return the losses, in float32 even under autocast.
 
-    Void, crowd and padding count as outside of every mask. An image without targets teaches its queries to say "no
+    Void, crowd and padding count as outside of every mask. An image without targets trains its queries to predict "no
     object" and keeps the graph: its mask logits get gradients of zero.
 
-    `num_masks` divides the mask losses: under gradient accumulation and data parallelism the mean of the matched
-    masks over all micro-batches of the step. None takes this batch's own number, at least 1.
+    Args:
+        num_masks: divisor of the mask losses. With gradient accumulation or data parallelism, pass the mean number of
+            matched masks over all micro-batches of the step. None uses the number of this batch, at least 1.
 
-    Raises ValueError if logits are not finite, targets do not fit the logits, or `num_masks` is not positive.
+    Raises:
+        NonFiniteLogitsError: a logit is NaN or infinite.
+        ValueError: targets do not fit the logits, or `num_masks` is not positive.
     """
     class_logits, mask_logits = output
     if num_masks is None:
@@ -66,8 +71,8 @@ def compute_losses(
         classification = _classification(class_logits.float(), pairs, targets, config)
         mask_losses = torch.stack(
             [
-                mask_losses_of_image(mask_logits[:, image], queries, target.selected(places.flatten()), config)
-                for image, (target, (queries, places)) in enumerate(zip(targets, pairs, strict=True))
+                mask_losses_of_image(mask_logits[:, image], queries, target.selected(target_indices.flatten()), config)
+                for image, (target, (queries, target_indices)) in enumerate(zip(targets, pairs, strict=True))
             ]
         ).sum(dim=0)
         weighted = [
@@ -86,12 +91,12 @@ def _classification(
 ) -> Float[Tensor, " L"]:
     """Return each layer's cross-entropy: a weighted mean over the queries of the batch."""
     no_object = class_logits.shape[-1] - 1
-    wanted = class_logits.new_full(class_logits.shape[:3], no_object, dtype=torch.int64)
-    for image, (target, (queries, places)) in enumerate(zip(targets, pairs, strict=True)):
-        wanted[:, image].scatter_(1, queries, target.classes[places])
-    weights = torch.where(wanted == no_object, config.no_object_weight, 1.0)
-    losses = F.cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weights)
-    # Without targets and with a no-object weight of 0 all weights are 0, and so is the loss.
+    class_targets = class_logits.new_full(class_logits.shape[:3], no_object, dtype=torch.int64)
+    for image, (target, (queries, target_indices)) in enumerate(zip(targets, pairs, strict=True)):
+        class_targets[:, image].scatter_(1, queries, target.classes[target_indices])
+    weights = torch.where(class_targets == no_object, config.no_object_weight, 1.0)
+    losses = F.cross_entropy(class_logits.flatten(0, 2), class_targets.flatten(), reduction="none").view_as(weights)
+    # Without targets and with a "no object" weight of 0, all weights are 0 and the loss must be 0, not NaN.
     divisor = weights.sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
     return (weights * losses).sum(dim=(1, 2)) / divisor
 
@@ -104,7 +109,7 @@ def mask_losses_of_image(
 ) -> Float[Tensor, "2 L"]:
     """Return each layer's focal and dice loss of one image, summed over the matched pairs.
 
-    Only matched queries are brought to full resolution. Without pairs the sums run over nothing: 0, with a graph.
+    Only matched queries are resized to full resolution. Without pairs the sums are empty: 0, but with a graph.
     """
     layers = torch.arange(len(queries), device=queries.device)[:, None]
     matched = mask_logits[layers, queries].flatten(0, 1).float()

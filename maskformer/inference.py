@@ -1,7 +1,8 @@
-"""From an image to its panoptic, semantic or instance segmentation: resize, normalise, forward, post-process.
+"""Panoptic, semantic or instance segmentation of an image: resize, normalize, forward, post-process.
 
-One image at a time and without padding, as the published results were made. H W is the original image, h w
-the resized one, h4 w4 the map of the mask logits; Q queries, K1 classes and no-object.
+Images are processed one at a time and without padding, as for the published results.
+
+Letters: H W original image, h w resized image, h4 w4 map of the mask logits, Q queries, K1 classes and "no object".
 """
 
 from typing import Any
@@ -10,43 +11,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
-from torchvision.transforms.v2 import functional as tv  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
 
 from maskformer.config import PanopticConfig
 from maskformer.model import MaskFormer
 from maskformer.postprocess import Size, instances, panoptic, semantic
+from maskformer.preprocess import normalize, resize_image, resized_shape
 from maskformer.taxonomy import Taxonomy
 
 
-def resized_shape(height: int, width: int, short_side: int, long_side: int | None) -> tuple[int, int]:
-    """Return the size, ratio kept, at which the short side is `short_side` or the long side hits its limit."""
-    scale = short_side / min(height, width)
-    if long_side is not None:
-        scale = min(scale, long_side / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
-def resize_image(
-    image: UInt8[np.ndarray, "H W 3"], shape: tuple[int, int], antialias: bool = False
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Resize bilinearly: without `antialias` as OpenCV does (mmdetection), with it as Pillow does (the original)."""
-    planes = torch.as_tensor(np.ascontiguousarray(image)).permute(2, 0, 1)
-    planes = tv.resize(planes, list(shape), InterpolationMode.BILINEAR, antialias=antialias)
-    return planes.permute(1, 2, 0).contiguous().numpy()
-
-
-def normalise(
-    images: UInt8[Tensor, "B 3 H W"], mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Float[Tensor, "B 3 H W"]:
-    """Return (images - mean) / std in float32."""
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() - shift) / scale
-
-
 class Segmenter:
-    """A model in evaluation mode with all that turns its output into results at the size of the image."""
+    """A model in evaluation mode with its pre- and post-processing; results have the size of the original image."""
 
     def __init__(
         self,
@@ -62,22 +36,22 @@ class Segmenter:
         self.short_side, self.long_side = short_side, long_side
 
     def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, object]]]:
-        """Segment an RGB image; return segment ids at its own size, 0 for void, and `segments_info`."""
+        """Segment an RGB image; return its map of segment ids, 0 for void, and COCO's `segments_info`."""
         return self.segment_resized(self._resize(image), (image.shape[0], image.shape[1]))
 
     def segment_resized(
         self, image: UInt8[np.ndarray, "h w 3"], original: tuple[int, int]
     ) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, object]]]:
-        """Segment an image that was resized already; the result has the size `original`."""
+        """Segment an image that is already resized; the result has the size `original` (height, width)."""
         ids, segments = panoptic(*self._forward(image, original), self.config, self.taxonomy)
         return np.asarray(ids), segments
 
     def semantic(self, image: UInt8[np.ndarray, "H W 3"]) -> Int32[np.ndarray, "H W"]:
-        """Return the class index of each pixel of an RGB image; `taxonomy` names them, and none is void."""
+        """Return the class index of each pixel of an RGB image, as numbered by `taxonomy`; no pixel is void."""
         return semantic(*self._forward(self._resize(image), (image.shape[0], image.shape[1])))
 
     def instances(self, image: UInt8[np.ndarray, "H W 3"]) -> list[dict[str, Any]]:
-        """Return the things of an RGB image as COCO instance results without `image_id`, the surest first."""
+        """Return the things of an RGB image as COCO instance results without `image_id`, highest score first."""
         return instances(*self._forward(self._resize(image), (image.shape[0], image.shape[1])), self.taxonomy)
 
     def _resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -91,6 +65,6 @@ class Segmenter:
         network = self.model.config
         device = next(self.model.parameters()).device
         pixels = torch.as_tensor(np.array(image)).permute(2, 0, 1)[None].to(device)
-        output = self.model(normalise(pixels, network.pixel_mean, network.pixel_std), None)
+        output = self.model(normalize(pixels, network.pixel_mean, network.pixel_std), None)
         shape = (image.shape[0], image.shape[1])
         return output.class_logits[-1, 0], output.mask_logits[-1, 0], (shape, shape, original)

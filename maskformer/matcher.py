@@ -1,10 +1,10 @@
-"""Which query answers for which segment: the bipartite matching of arXiv:2107.06278, section 3.2.
+"""The bipartite matching of queries and segments of arXiv:2107.06278, section 3.2.
 
-The costs are the terms of the losses, on the small maps the model predicts. Logarithms are taken from logits, as in
-the authors' code; mmdetection takes them from probabilities, which saturate beyond a logit of about 17.
+The costs are the terms of the losses, at the resolution of the mask logits. Logarithms are computed from logits, as in
+the authors' code; mmdetection computes them from probabilities, which saturate beyond a logit of about 17.
 
-L decoder layers, B images, Q queries, K classes (K1 = K + 1: no-object is index K), N segments, h w the map of the
-mask logits.
+Letters: L decoder layers, B images, Q queries, K classes (K1 = K + 1, "no object" is index K), N segments, h w map of
+the mask logits.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from maskformer.config import LossConfig
 from maskformer.targets import Targets
 
 
-class NonFiniteLogits(ValueError):
+class NonFiniteLogitsError(ValueError):
     """NaN or infinite logits; the message names the tensor, the image in the batch and the decoder layer."""
 
 
@@ -33,13 +33,18 @@ def match(
 ) -> list[tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]]:
     """Assign the targets of each image to queries at the lowest total cost.
 
-    Returns per image the query indices, ascending, and their target indices, on the device of the logits: min(N, Q)
-    pairs, each query and each target at most once. No gradient flows.
+    No gradient flows.
 
-    Raises ValueError if logits are not finite, or the targets do not fit the logits.
+    Returns:
+        for each image the query indices, ascending, and their target indices, on the device of the logits: min(N, Q)
+        pairs, each query and each target at most once.
+
+    Raises:
+        NonFiniteLogitsError: a logit is NaN or infinite.
+        ValueError: the targets do not fit the logits.
     """
     pairs = match_layers(class_logits[None], mask_logits[None], targets, config)
-    return [(queries[0], places[0]) for queries, places in pairs]
+    return [(queries[0], target_indices[0]) for queries, target_indices in pairs]
 
 
 @torch.no_grad()
@@ -49,7 +54,7 @@ def match_layers(
     targets: Sequence[Targets],
     config: LossConfig,
 ) -> list[tuple[Int64[Tensor, "L pairs"], Int64[Tensor, "L pairs"]]]:
-    """Match each decoder layer by itself, as `match` does one."""
+    """Match each decoder layer separately, as `match` does for one."""
     num_layers, num_images, num_queries, num_columns = class_logits.shape
     _check_targets(targets, num_images, num_columns - 1)
     costs = [
@@ -57,7 +62,7 @@ def match_layers(
         for image, target in enumerate(targets)
     ]
     finite = [logits.isfinite().flatten(2).all(dim=2) for logits in (class_logits, mask_logits)]
-    # The assignment runs on the host. This one transfer, for all images and layers, is where it waits for the device.
+    # The assignment runs on the host. This single transfer, for all images and layers, synchronizes with the device.
     parts = [*finite, *costs]
     transfer = torch.cat([part.flatten().float() for part in parts]).cpu()
     class_finite, mask_finite, *host_costs = torch.split(transfer, [part.numel() for part in parts])
@@ -67,8 +72,8 @@ def match_layers(
     pairs: list[tuple[Tensor, Tensor]] = []
     for cost, target in zip(host_costs, targets, strict=True):
         assigned = _assign(cost.view(num_layers, num_queries, len(target)).numpy())
-        queries, places = torch.as_tensor(assigned, device=class_logits.device)
-        pairs.append((queries, places))
+        queries, target_indices = torch.as_tensor(assigned, device=class_logits.device)
+        pairs.append((queries, target_indices))
     return pairs
 
 
@@ -79,7 +84,7 @@ def matching_costs(
     target: Targets,
     config: LossConfig,
 ) -> Float[Tensor, "L Q N"]:
-    """Return what it costs to give each query each segment of one image, in float32 even under autocast."""
+    """Return the cost of each pair of query and segment of one image, in float32 even under autocast."""
     with torch.autocast(mask_logits.device.type, enabled=False):
         probability = class_logits.float().softmax(dim=-1)
         class_cost = -probability[..., target.classes]
@@ -98,16 +103,16 @@ def matching_costs(
 
 
 def focal(logits: Float[Tensor, "..."], gamma: float) -> Float[Tensor, "..."]:
-    """Return the focal loss of a binary decision, without alpha; `logits` favour the right answer.
+    """Return the focal loss of a binary decision, without alpha; positive `logits` mean the right decision.
 
-    (1 - p)^gamma * -log p with p = sigmoid(logits), in a form without overflow or cancellation
+    (1 - p)^gamma * -log p with p = sigmoid(logits), in a form without overflow and cancellation
     (arXiv:1708.02002, equation 4).
     """
     return (-logits).sigmoid().pow(gamma) * F.softplus(-logits)
 
 
 def _assign(costs: Float[np.ndarray, "L Q N"]) -> np.ndarray:
-    """Solve each layer's assignment; [2, L, min(N, Q)]: query indices, ascending, and target indices."""
+    """Solve each layer's assignment; return [2, L, min(N, Q)]: query indices, ascending, and target indices."""
     assigned = np.empty((2, len(costs), min(costs.shape[1:])), dtype=np.int64)
     for layer, cost in enumerate(costs):
         assigned[:, layer] = cast("tuple[np.ndarray, np.ndarray]", linear_sum_assignment(cost))
@@ -116,7 +121,9 @@ def _assign(costs: Float[np.ndarray, "L Q N"]) -> np.ndarray:
 
 def _check_targets(targets: Sequence[Targets], num_images: int, num_classes: int) -> None:
     if len(targets) != num_images:
-        raise ValueError(f"Each image needs its Targets, got {len(targets)} for {num_images} images.")
+        raise ValueError(
+            f"Each image needs its Targets, got {len(targets)} for {num_images} images; pass one per image."
+        )
     for image, target in enumerate(targets):
         if target.max_class >= num_classes:
             raise ValueError(
@@ -126,10 +133,10 @@ def _check_targets(targets: Sequence[Targets], num_images: int, num_classes: int
 
 
 def _check_finite(name: str, finite: Float[np.ndarray, "L B"]) -> None:
-    """Raise NonFiniteLogits at the first 0 (not finite)."""
+    """Raise NonFiniteLogitsError at the first 0 (not finite)."""
     if not finite.all():
         layer, image = np.argwhere(finite == 0)[0]
-        raise NonFiniteLogits(
+        raise NonFiniteLogitsError(
             f"The {name} of image {image} in the batch are not finite at decoder layer {layer} of "
-            f"0..{len(finite) - 1}; lower the learning rate, clip the gradients more, or look at the image."
+            f"0..{len(finite) - 1}; lower the learning rate, clip the gradients more, or check the image."
         )

@@ -3,8 +3,8 @@
 `MaskFormer.forward` follows the paper's figure 2: backbone, pixel decoder, transformer decoder, then one class and one
 mask for every query.
 
-Letters: L decoder layers, B images, Q queries, K classes (index K is "no object"), C channels, H W padded image,
-h w the finest feature map (stride 4; stride 2 for the `small` backbone), both rounded up.
+Letters: L decoder layers, B images, Q queries, K classes (K1 = K + 1, "no object" is index K), C channels, H W padded
+image, h w finest feature map (stride 4; stride 2 for the `small` backbone), both rounded up.
 """
 
 from typing import NamedTuple
@@ -21,14 +21,14 @@ from maskformer.transformer import TransformerDecoder, sine_positions
 
 
 class MaskFormerOutput(NamedTuple):
-    """What every decoder layer predicts; the last layer is the answer, the others are there for the losses."""
+    """Predictions of every decoder layer; the last layer is the result, the others serve deep supervision."""
 
-    class_logits: Float[Tensor, "L B Q K+1"]
+    class_logits: Float[Tensor, "L B Q K1"]
     mask_logits: Float[Tensor, "L B Q h w"]
 
 
 class MaskFormer(nn.Module):
-    """The network, without pre- and post-processing and without losses."""
+    """The network, without pre-processing, post-processing and losses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class MaskFormer(nn.Module):
     ) -> MaskFormerOutput:
         """Predict a class and a mask per query, after every decoder layer.
 
-        Padding is kept out of attention and positions, as in mmdetection; convolutions and GroupNorm see it.
+        Attention and positions ignore the padding, as in mmdetection; convolutions and GroupNorm do not.
 
         Args:
-            images: RGB, normalised by `config.pixel_mean` and `pixel_std`, with zeros in the padding.
-            padding: True outside each image, which lies in the upper left corner; None if nothing is padded.
+            images: RGB, normalized with `config.pixel_mean` and `config.pixel_std`, zero in the padding.
+            padding: True outside each image, which is in the upper left corner; None if nothing is padded.
 
         Raises:
-            ValueError: the padding has another size than the images.
+            ValueError: the padding does not have the size of the images.
         """
         features = self.backbone(images)
         coarse_padding = _resize_padding(padding, images, features[-1])
@@ -75,7 +75,7 @@ class MaskFormer(nn.Module):
 
 
 def _resize_padding(padding: Tensor | None, images: Tensor, feature: Tensor) -> Tensor:
-    """Take from [B, H, W] the cell that each cell [B, h, w] of the feature starts in; no padding is all False."""
+    """Resize [B, H, W] to the cells [B, h, w] of a feature map by nearest neighbor; all False without padding."""
     size = feature.shape[-2:]
     if padding is None:
         return torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
@@ -89,8 +89,9 @@ def _resize_padding(padding: Tensor | None, images: Tensor, feature: Tensor) -> 
 
 
 def build_model(config: ModelConfig) -> MaskFormer:
-    """Build a MaskFormer with random weights, without any download.
+    """Build a MaskFormer with random weights; nothing is downloaded.
 
-    ResNets have frozen batch statistics, so they need pretrained weights to train well; load them afterwards.
+    ResNets have frozen batch statistics, so they need pretrained weights to train well. Load them afterwards with
+    `maskformer.weights.initial_weights`.
     """
     return MaskFormer(config)

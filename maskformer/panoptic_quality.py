@@ -1,10 +1,11 @@
 """Panoptic quality from index maps in memory (Kirillov et al., arXiv:1801.00868, section 4).
 
-Equal to the official panopticapi, its corner cases included, without PNG files. Contributions are kept per
-image, so that accumulators of several workers merge in any order to the very same numbers, and no image can be
+The results equal those of the official panopticapi, corner cases included, without PNG files. Contributions are kept
+per image, so accumulators of several workers can be merged in any order with identical results, and no image can be
 counted twice.
 
-H W image, T segments of the truth, P of the prediction, S of either; void counts as segment 0 in all three.
+Letters: H W image, T segments of the ground truth, P of the prediction, S of either (void is segment 0 in all three),
+R runs of equal pixels.
 """
 
 import math
@@ -19,11 +20,11 @@ from jaxtyping import Bool, Integer
 from maskformer.taxonomy import Taxonomy
 
 Segmentation: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str, Any]]]
-"""An index map [H,W] (0 is void) and its `segments_info`: `id` and `category_id`, for the truth also `iscrowd`."""
+"""An index map [H, W] (0 is void) and its `segments_info`: `id`, `category_id`, and `iscrowd` in ground truth."""
 
 
 class ClassQuality(NamedTuple):
-    """What one class has to show, in one image or in many; the qualities are fractions 0..1."""
+    """Counts and qualities of one class, over one image or several; the qualities are fractions 0..1."""
 
     category_id: int
     iou: float
@@ -34,7 +35,7 @@ class ClassQuality(NamedTuple):
 
     @property
     def pq(self) -> float:
-        """Panoptic quality, `sq * rq`; 0 for a class that neither occurs nor is predicted."""
+        """Panoptic quality, `sq * rq`; 0 for a class that is neither present nor predicted."""
         return self.iou / (self.tp + 0.5 * self.fp + 0.5 * self.fn) if self.tp else 0.0
 
     @property
@@ -49,24 +50,24 @@ class ClassQuality(NamedTuple):
 
 
 class AverageQuality(NamedTuple):
-    """Means over the classes that occur or are predicted, as fractions 0..1; nan where there is none."""
+    """Means over the classes that are present or predicted, as fractions 0..1; nan if there is no such class."""
 
     pq: float
     sq: float
     rq: float
     num_classes: int
-    """How many classes the means run over."""
+    """Number of classes that the means include."""
 
 
 @dataclass(frozen=True)
 class PanopticResult:
-    """The qualities over a set of images, as fractions 0..1."""
+    """Qualities over a set of images, as fractions 0..1."""
 
     all: AverageQuality
     things: AverageQuality
     stuff: AverageQuality
     per_class: dict[str, ClassQuality]
-    """Every class of the taxonomy by name."""
+    """Quality of every class of the taxonomy, by name."""
     num_images: int
 
     @property
@@ -83,29 +84,30 @@ class PanopticResult:
 
 
 class PanopticQuality:
-    """Accumulates panoptic quality image by image; picklable."""
+    """Accumulator of panoptic quality, image by image; picklable."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         self._images: dict[int | str, dict[int, ClassQuality]] = {}
 
     def update(self, prediction: Segmentation, truth: Segmentation, image_id: int | str) -> dict[int, ClassQuality]:
-        """Count one image and return its contribution: category id -> quality, for the classes that count in it.
+        """Count one image and return its contribution by category id, for the classes present or predicted in it.
 
-        A segment matches if its intersection over union is above 0.5; void pixels of the truth are left out of
-        the union, and an unmatched prediction is ignored if more than half of it is void or crowd of its class
-        (of several crowd segments of a class the last listed one, as in panopticapi).
+        Two segments match if their intersection over union is above 0.5. Void pixels of the ground truth are not part
+        of the union. An unmatched prediction is ignored if more than half of it is void or crowd of its class (of
+        several crowd segments of a class only the last listed one counts, as in panopticapi).
 
-        Raises ValueError, naming the image and counting nothing, if the image was counted before, the sizes
-        differ, a category is unknown, or a map and its segments do not name the same ids.
+        Raises:
+            ValueError: the image was counted before, the sizes differ, a category is unknown, or an index map and its
+                segments do not have the same ids. The message names the image, and nothing is counted.
         """
         if image_id in self._images:
             raise ValueError(f"Image {image_id} was counted before; count each image once.")
         predicted = _read_segments(*prediction, self.taxonomy, f"the prediction of image {image_id}")
-        true = _read_segments(*truth, self.taxonomy, f"the truth of image {image_id}")
+        true = _read_segments(*truth, self.taxonomy, f"the ground truth of image {image_id}")
         if prediction[0].shape != truth[0].shape:
             raise ValueError(
-                f"The maps of image {image_id} differ in size: prediction {tuple(prediction[0].shape)}, truth "
+                f"The maps of image {image_id} differ in size: prediction {tuple(prediction[0].shape)}, ground truth "
                 f"{tuple(truth[0].shape)}; resize the prediction to the original image."
             )
         contribution = {quality.category_id: quality for quality in _compare(predicted, true, self.taxonomy)}
@@ -113,26 +115,27 @@ class PanopticQuality:
         return contribution
 
     def merge(self, other: "PanopticQuality") -> "PanopticQuality":
-        """Take in the images of `other` and return self.
+        """Add the images of `other` and return self.
 
-        Raises ValueError, changing nothing, if the taxonomies differ or both have counted the same image.
+        Raises:
+            ValueError: the taxonomies differ, or both have counted the same image; nothing is changed.
         """
         if other.taxonomy != self.taxonomy:
             raise ValueError(
                 f"Cannot merge panoptic qualities of different taxonomies ({self.taxonomy.num_classes} and "
                 f"{other.taxonomy.num_classes} classes); score both sides with the same taxonomy."
             )
-        twice = self._images.keys() & other._images.keys()
-        if twice:
+        shared = self._images.keys() & other._images.keys()
+        if shared:
             raise ValueError(
-                f"Both sides have counted {len(twice)} of the same images, for example image {next(iter(twice))}; "
-                f"give each image to one worker."
+                f"Both sides have counted {len(shared)} of the same images, for example image {next(iter(shared))}; "
+                f"assign each image to one worker only."
             )
         self._images.update(other._images)
         return self
 
     def result(self) -> PanopticResult:
-        """Return the qualities over all images so far, the same whatever the order of updates and merges."""
+        """Return the qualities over all images so far, independent of the order of updates and merges."""
         by_category: defaultdict[int, list[ClassQuality]] = defaultdict(list)
         for contribution in self._images.values():
             for category_id, quality in contribution.items():
@@ -140,7 +143,7 @@ class PanopticQuality:
         per_class = {
             category.name: ClassQuality(
                 category.id,
-                # fsum rounds once, so the order of the images leaves no trace.
+                # fsum rounds once, so the result does not depend on the order of the images.
                 iou=math.fsum(quality.iou for quality in by_category[category.id]),
                 tp=sum(quality.tp for quality in by_category[category.id]),
                 fp=sum(quality.fp for quality in by_category[category.id]),
@@ -162,7 +165,7 @@ class PanopticQuality:
 def _average(qualities: Iterable[ClassQuality]) -> AverageQuality:
     counted = [quality for quality in qualities if quality.tp + quality.fp + quality.fn > 0]
     if not counted:
-        # panopticapi divides by zero here. There is nothing to average, and 0 would read as a bad result.
+        # panopticapi divides by zero here. There is nothing to average, and 0 would look like a bad result.
         return AverageQuality(math.nan, math.nan, math.nan, num_classes=0)
     return AverageQuality(
         pq=math.fsum(quality.pq for quality in counted) / len(counted),
@@ -173,45 +176,46 @@ def _average(qualities: Iterable[ClassQuality]) -> AverageQuality:
 
 
 class _Segments(NamedTuple):
-    """One index map and its segments in ascending id, void first."""
+    """One index map and its segments by ascending id, void first."""
 
-    where: str
+    label: str
+    """The map, for messages."""
     pixels: Integer[np.ndarray, " HW"]
     ids: Integer[np.ndarray, " S"]
     classes: Integer[np.ndarray, " S"]
     """Class indices; -1 for void."""
     crowd: Bool[np.ndarray, " S"]
     crowd_of_class: dict[int, int]
-    """Class index -> row of its crowd segment."""
+    """Row of the crowd segment of each class index that has one."""
 
 
 def _read_segments(
-    pixels: Integer[np.ndarray, "_ _"], infos: Sequence[Mapping[str, Any]], taxonomy: Taxonomy, where: str
+    pixels: Integer[np.ndarray, "_ _"], infos: Sequence[Mapping[str, Any]], taxonomy: Taxonomy, label: str
 ) -> _Segments:
     pixels = np.asarray(pixels)
     if pixels.ndim != 2 or pixels.dtype.kind not in "iu" or not pixels.size:
         raise ValueError(
-            f"An index map is a non-empty integer array [H,W], got {pixels.dtype} {list(pixels.shape)} in {where}."
+            f"An index map is a non-empty integer array [H,W], got {pixels.dtype} {list(pixels.shape)} in {label}."
         )
     for info in infos:
         missing = {"id", "category_id"} - info.keys()
         if missing:
-            raise ValueError(f"A segment needs id and category_id, got {dict(info)} in {where}; add {sorted(missing)}.")
+            raise ValueError(f"A segment needs id and category_id, got {dict(info)} in {label}; add {sorted(missing)}.")
         if info["category_id"] not in taxonomy:
             raise ValueError(
-                f"Segment {info['id']} in {where} has the unknown category_id {info['category_id']}; use category ids "
+                f"Segment {info['id']} in {label} has the unknown category_id {info['category_id']}; use category ids "
                 f"of the taxonomy, not class indices."
             )
     listed = [int(info["id"]) for info in infos]
     if len(set(listed)) < len(listed) or min(listed, default=1) < 1:
         raise ValueError(
-            f"Segment ids must be positive and differ (0 is void), got {listed} in {where}; number the segments anew."
+            f"Segment ids must be positive and differ (0 is void), got {listed} in {label}; renumber the segments."
         )
     ordered = sorted(infos, key=lambda info: info["id"])
     classes = [taxonomy.class_index(info["category_id"]) for info in ordered]
     ids = [0, *sorted(listed)]
     return _Segments(
-        where,
+        label,
         pixels.ravel(),
         ids=np.array(ids, dtype=np.int64),
         classes=np.array([-1, *classes], dtype=np.int64),
@@ -229,21 +233,21 @@ def _compare(predicted: _Segments, true: _Segments, taxonomy: Taxonomy) -> Itera
         absent = segments.ids[1:][area[1:] == 0]
         if absent.size:
             raise ValueError(
-                f"The segments {absent.tolist()} have no pixel in {segments.where}; drop them from segments_info."
+                f"The segments {absent.tolist()} have no pixel in {segments.label}; remove them from segments_info."
             )
 
     intersection = overlap[1:, 1:]
     union = true_area[1:, None] + (predicted_area - overlap[0])[None, 1:] - intersection
     iou = intersection / union
     same_class = true.classes[1:, None] == predicted.classes[None, 1:]
-    match = (iou > 0.5) & same_class & ~true.crowd[1:, None]  # at most one per row and column, being above one half
+    match = (iou > 0.5) & same_class & ~true.crowd[1:, None]  # above one half, so at most one per row and column
     matched_rows, matched_columns = np.nonzero(match)
 
-    excused = overlap[0].copy()
+    ignorable = overlap[0].copy()
     for column, class_index in enumerate(predicted.classes):
         if class_index in true.crowd_of_class:
-            excused[column] += overlap[true.crowd_of_class[class_index], column]
-    ignored = excused[1:] / predicted_area[1:] > 0.5
+            ignorable[column] += overlap[true.crowd_of_class[class_index], column]
+    ignored = ignorable[1:] / predicted_area[1:] > 0.5
 
     matched_classes = true.classes[1:][matched_rows]
     missed_classes = true.classes[1:][~match.any(axis=1) & ~true.crowd[1:]]
@@ -260,9 +264,9 @@ def _compare(predicted: _Segments, true: _Segments, taxonomy: Taxonomy) -> Itera
 
 
 def _overlap(true: _Segments, predicted: _Segments) -> Integer[np.ndarray, "T P"]:
-    """Count the pixels that each pair of segments shares."""
-    # Maps are made of runs of equal pixels: looking up the runs alone is ten times faster than all pixels, and ids
-    # up to 2^24 need no table of that length.
+    """Count the pixels that each pair of segments has in common."""
+    # Index maps consist of runs of equal pixels. Looking up one pixel per run is ten times faster than looking up all,
+    # and ids up to 2^24 need no table of that length.
     changes = (true.pixels[1:] != true.pixels[:-1]) | (predicted.pixels[1:] != predicted.pixels[:-1])
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     lengths = np.diff(starts, append=true.pixels.size)
@@ -277,7 +281,7 @@ def _rows(segments: _Segments, starts: Integer[np.ndarray, " R"]) -> Integer[np.
     unknown = np.unique(values[segments.ids[rows] != values])
     if unknown.size:
         raise ValueError(
-            f"The ids {unknown[:8].tolist()} stand in the map but not in the segments_info of {segments.where}; "
+            f"The ids {unknown[:8].tolist()} are in the map but not in the segments_info of {segments.label}; "
             f"list every segment, or set its pixels to 0 (void)."
         )
     return rows

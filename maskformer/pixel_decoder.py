@@ -1,4 +1,4 @@
-"""The pixel decoder: feature maps become one map of mask features and the memory that the queries attend to.
+"""The pixel decoder turns feature maps into one map of mask features and the memory that the queries attend to.
 
 arXiv:2107.06278, section 3.4: a feature pyramid with GroupNorm. Optionally, transformer encoder layers refine the
 coarsest map first ("+ 6 Enc" in the paper's tables, the default for ResNets on COCO panoptic).
@@ -19,13 +19,13 @@ from maskformer.transformer import EncoderLayer
 def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        # 32 groups for every published size; the gcd lets a small model have 48 or 80 channels.
+        # 32 groups for every published size; with the gcd a small model may have 48 or 80 channels.
         nn.GroupNorm(math.gcd(32, out_channels), out_channels),
     )
 
 
 class PixelDecoder(nn.Module):
-    """Feature pyramid over four maps, with `config.encoder_layers` transformer layers on the coarsest (0: none)."""
+    """Feature pyramid over four maps, with `config.encoder_layers` transformer layers on the coarsest map (0: none)."""
 
     def __init__(self, channels: tuple[int, ...], config: ModelConfig) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PixelDecoder(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Caffe2's Xavier: +-sqrt(3 / fan_in)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if config.initialisation == "mmdetection":
+        if config.initialization == "mmdetection":
             for name in ("laterals.0.0.weight", "outputs.0.0.weight"):
                 nn.init.kaiming_normal_(self.get_parameter(name), mode="fan_out", nonlinearity="relu")
 
@@ -53,11 +53,11 @@ class PixelDecoder(nn.Module):
         positions: Float[Tensor, "B N C"],
         ignored: Bool[Tensor, "B N"] | None,
     ) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B N C"]]:
-        """Return the mask features, as fine as the finest map, and the memory.
+        """Return the mask features, at the size of the finest map, and the memory.
 
         Args:
             features: four maps, fine to coarse.
-            positions: of the coarsest map, as `sine_positions` gives them.
+            positions: position encoding of the coarsest map, from `sine_positions`.
             ignored: True where a cell of the coarsest map is padding.
         """
         *finer, coarsest = features

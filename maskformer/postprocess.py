@@ -1,10 +1,10 @@
-"""From logits to results at the size of the original image: arXiv:2107.06278, section 3.4.
+"""Post-processing of logits to results at the size of the original image (arXiv:2107.06278, section 3.4).
 
-The panoptic fusion and the instances are mmdetection's, step by step; the semantic map is the original code's. Nothing
-here holds all queries or all classes at the original size: for 4000x5000 pixels that would be 8 to 11 GB.
+The panoptic fusion and the instances follow mmdetection step by step; the semantic map follows the original code. No
+tensor holds all queries or all classes at the original size: for 4000x5000 pixels that would take 8 to 11 GB.
 
-Q queries, K classes (K1 = K + 1: no-object is index K), H W original image, h w stride-4 map of the padded input,
-N masks, R rows of the original image.
+Letters: Q queries, K classes (K1 = K + 1, "no object" is index K), H W original image, h w map of the mask logits,
+N masks.
 """
 
 from typing import Any, TypeAlias
@@ -12,17 +12,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Int32, Integer, UInt8
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
+from maskformer.coco_format import run_lengths
 from maskformer.config import PanopticConfig
 from maskformer.taxonomy import Taxonomy
 
 Size: TypeAlias = tuple[int, int]
-"""Height, width in pixels."""
+"""Height and width in pixels."""
 
 STRIP_PIXELS = 1 << 16
-"""`semantic` works on this many pixels at a time: with 100 queries and 133 classes 60 MB of float32."""
+"""Pixels that `semantic` processes at a time; with 100 queries and 133 classes they take 60 MB of float32."""
 
 
 @torch.no_grad()
@@ -35,15 +36,19 @@ def panoptic(
 ) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, Any]]]:
     """Fuse the queries of one image into segments that do not overlap.
 
-    `size` is (padded input, valid part of the input without padding, original image). Each pixel belongs to the
-    kept query with the highest class score times mask probability; a query left with too little of its own mask
-    is dropped and its pixels become void. Stuff of a class is one segment.
+    Each pixel goes to the kept query with the highest product of class score and mask probability. A query that wins
+    too little of its own mask is dropped, and its pixels become void. All stuff of a class is one segment.
 
-    Returns the index map (0 is void, segments are numbered 1, 2, ... by query) and COCO's `segments_info`: `id`,
-    `category_id`, `isthing`, `area` in pixels, and `score`, of merged stuff the highest.
+    Args:
+        size: sizes of the padded input, of its valid part without padding, and of the original image.
 
-    Raises ValueError if the logits and the taxonomy differ in classes, or the valid size does not lie
-    within the padded one.
+    Returns:
+        the index map (0 is void, segments are numbered 1, 2, ... by query) and COCO's `segments_info`: `id`,
+        `category_id`, `isthing`, `area` in pixels, and `score`, for merged stuff the highest.
+
+    Raises:
+        ValueError: the logits and the taxonomy differ in their number of classes, or the valid size exceeds the padded
+            one.
     """
     _check_classes(class_logits, taxonomy)
     _check_sizes(size)
@@ -86,7 +91,7 @@ def _number_segments(
     config: PanopticConfig,
     taxonomy: Taxonomy,
 ) -> tuple[list[dict[str, Any]], Int32[np.ndarray, " kept"]]:
-    """Drop what lost too much of its mask, join stuff, and say which id each query's pixels get (0 if dropped)."""
+    """Return the segments and the segment id of each query (0 if dropped); merge the stuff of each class."""
     segments: list[dict[str, Any]] = []
     segment_of_stuff: dict[int, dict[str, Any]] = {}
     id_of_query = np.zeros(len(classes), dtype=np.int32)
@@ -112,20 +117,24 @@ def _number_segments(
 def semantic(
     class_logits: Float[Tensor, "Q K1"], mask_logits: Float[Tensor, "Q h w"], size: tuple[Size, Size, Size]
 ) -> Int32[np.ndarray, "H W"]:
-    """Give each pixel the class that all queries together vote for, and return the map of class indices.
+    """Return the map of class indices, at each pixel the class with the most votes of all queries.
 
-    A query's vote for a class is its class probability (softmax with no-object, whose column is then left out) times
-    its mask probability. `size` as in `panoptic`. The votes are summed in float32 even under autocast.
+    A query's vote for a class is its class probability (softmax with "no object", whose column is then dropped) times
+    its mask probability. The votes are summed in float32 even under autocast.
 
-    Raises ValueError if the valid size does not lie within the padded one.
+    Args:
+        size: as for `panoptic`.
+
+    Raises:
+        ValueError: the valid size exceeds the padded one.
     """
     _check_sizes(size)
     padded, _, original = size
     with torch.autocast(mask_logits.device.type, enabled=False):
         probabilities = class_logits.float().softmax(dim=-1)[:, :-1]
         mask_logits = mask_logits.float()
-        # Bilinear resizing is linear, and its two directions are independent: resizing the unit vectors of a column
-        # says how much of each coarse row goes into each row of the result, so a strip of rows can be had by itself.
+        # Bilinear resizing is linear and separable. Resizing the unit vectors of a column gives the share of each
+        # coarse row in each row of the result, so a strip of rows can be computed separately.
         num_coarse = mask_logits.shape[1]
         heights = [(height, num_coarse) for height, _ in size]
         shares = _resize(torch.eye(num_coarse, device=mask_logits.device)[None], *heights)[0]
@@ -148,58 +157,52 @@ def instances(
     taxonomy: Taxonomy,
     top: int = 100,
 ) -> list[dict[str, Any]]:
-    """List the things of one image in COCO's instance result format, the surest first; they may overlap.
+    """Return the things of one image in COCO's instance result format, highest score first; they may overlap.
 
-    The `top` highest class probabilities of all queries and classes (no-object left out after the softmax) are looked
-    at, and those of things become instances; so a query can be there with several classes. `size` as in `panoptic`.
+    Of all queries and classes ("no object" dropped after the softmax), the `top` highest class probabilities are taken,
+    and those of things become instances. A query can therefore occur with several classes.
 
-    Each has `category_id`; `bbox`, x y width height in pixels, tight around the mask; `score`, the class probability
-    times the mean mask probability inside the mask (where it is above one half); and `segmentation`, the mask as run
-    lengths (see `run_lengths`). An instance without a pixel is left out: it has score 0 and no box, claims nothing,
-    and cannot change an average precision (mmdetection lists it with a box of zeros).
+    Args:
+        size: as for `panoptic`.
+        top: number of class probabilities to consider.
 
-    Raises ValueError if the logits and the taxonomy differ in classes, or the valid size does not lie
-    within the padded one.
+    Returns:
+        for each instance `category_id`; `bbox`, x y width height in pixels, tight around the mask; `score`, the class
+        probability times the mean mask probability inside the mask (where it is above one half); and `segmentation`,
+        the mask as run lengths (see `run_lengths`). An instance without a pixel is omitted: it has score 0 and no box
+        and cannot change an average precision (mmdetection lists it with a box of zeros).
+
+    Raises:
+        ValueError: the logits and the taxonomy differ in their number of classes, or the valid size exceeds the padded
+            one.
     """
     _check_classes(class_logits, taxonomy)
     _check_sizes(size)
     probabilities = class_logits.float().softmax(dim=-1)[:, :-1].flatten()
-    scores, places = probabilities.topk(min(top, len(probabilities)))
-    answers_of: dict[int, list[tuple[int, float]]] = {}
-    for score, place in zip(scores.cpu().numpy(), places.cpu().numpy(), strict=True):
-        query, class_index = divmod(int(place), taxonomy.num_classes)
+    scores, indices = probabilities.topk(min(top, len(probabilities)))
+    things_of_query: dict[int, list[tuple[int, float]]] = {}
+    for score, index in zip(scores.cpu().numpy(), indices.cpu().numpy(), strict=True):
+        query, class_index = divmod(int(index), taxonomy.num_classes)
         if taxonomy.is_thing(class_index):
-            answers_of.setdefault(query, []).append((class_index, float(score)))
+            things_of_query.setdefault(query, []).append((class_index, float(score)))
 
     found: list[dict[str, Any]] = []
-    for query, answers in answers_of.items():
+    for query, things in things_of_query.items():
         logits = _resize(mask_logits[query][None].float(), *size)[0]
         inside = logits > 0
         area = int(inside.sum())
         if not area:
             continue
-        sureness = float((logits.sigmoid() * inside).sum()) / (area + 1e-6)
+        mask_score = float((logits.sigmoid() * inside).sum()) / (area + 1e-6)
         mask = inside.cpu().numpy()
         shape = {"bbox": _tight_box(mask), "segmentation": run_lengths(mask)}
-        for class_index, score in answers:
-            found.append({"category_id": taxonomy.category_id(class_index), "score": score * sureness, **shape})
+        for class_index, score in things:
+            found.append({"category_id": taxonomy.category_id(class_index), "score": score * mask_score, **shape})
     return sorted(found, key=lambda instance: instance["score"], reverse=True)
 
 
-def run_lengths(mask: Bool[np.ndarray, "H W"]) -> dict[str, list[int]]:
-    """Write a mask as COCO's uncompressed RLE: `size` [H, W] and `counts`.
-
-    The counts are the lengths of the runs of equal pixels, column by column, the first one of pixels outside the mask
-    (0 if the first pixel is inside).
-    """
-    pixels = np.ravel(mask, order="F")
-    starts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    counts = np.diff(starts, prepend=0, append=pixels.size).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts}
-
-
 def _tight_box(mask: Bool[np.ndarray, "H W"]) -> list[int]:
-    """Return x, y, width, height of the smallest box that holds the mask, which has a pixel."""
+    """Return x, y, width and height of the smallest box around the mask, which must not be empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
@@ -208,8 +211,8 @@ def _tight_box(mask: Bool[np.ndarray, "H W"]) -> list[int]:
 def _check_classes(class_logits: Float[Tensor, "Q K1"], taxonomy: Taxonomy) -> None:
     if class_logits.shape[-1] != taxonomy.num_classes + 1:
         raise ValueError(
-            f"The class logits need {taxonomy.num_classes} classes and no-object, got {class_logits.shape[-1]} "
-            f"columns; use the taxonomy the model was trained with."
+            f"The class logits need {taxonomy.num_classes} columns for classes and one for no object, got "
+            f"{class_logits.shape[-1]} columns; use the taxonomy the model was trained with."
         )
 
 
@@ -223,25 +226,7 @@ def _check_sizes(size: tuple[Size, Size, Size]) -> None:
 
 
 def _resize(logits: Float[Tensor, "N h w"], padded: Size, valid: Size, original: Size) -> Float[Tensor, "N H W"]:
-    """Undo stride, padding and test-time resizing, on logits, in the two steps of the published codes."""
+    """Undo stride, padding and test-time resizing of logits, in the two steps of the published implementations."""
     as_input = F.interpolate(logits[None], size=padded, mode="bilinear", align_corners=False)
     cropped = as_input[..., : valid[0], : valid[1]]
     return F.interpolate(cropped, size=original, mode="bilinear", align_corners=False)[0]
-
-
-def encode_ids(ids: Integer[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Write an index map as the RGB of a COCO panoptic PNG: id = R + 256 G + 65536 B.
-
-    Raises ValueError if an id is negative or needs more than 24 bits.
-    """
-    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 24):
-        raise ValueError(
-            f"A panoptic PNG holds ids in 0..{(1 << 24) - 1}, got {ids.min()}..{ids.max()}; number the segments anew."
-        )
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-def decode_ids(rgb: UInt8[np.ndarray, "H W 3"]) -> Int32[np.ndarray, "H W"]:
-    """Read the index map out of the RGB of a COCO panoptic PNG."""
-    red, green, blue = np.moveaxis(rgb.astype(np.int32), -1, 0)
-    return red + (green << 8) + (blue << 16)

@@ -1,6 +1,6 @@
-"""What one image is to be taught: the classes and masks of its segments.
+"""Training targets of one image: the classes and masks of its segments.
 
-N segments, H W padded image, h w the map of the mask logits.
+Letters: N segments, M selected segments, H W padded image.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 class Targets:
     """The segments of one image, on any device.
 
-    Masks may be an index map, where 0 is no segment and k the k-th, counted from 1: it takes one plane whatever
+    Masks may be an index map, in which 0 is no segment and k is segment k, counted from 1. It takes one plane for any
     N, but its masks cannot overlap. Void, crowd and padding belong to no mask.
 
-    Raises ValueError if shapes, kinds or the index map's values do not fit the number of classes.
+    Raises:
+        ValueError: shapes, data types or the values of the index map do not fit the number of classes.
     """
 
     classes: Tensor
@@ -40,17 +41,17 @@ class Targets:
             )
         if not is_index_map and len(masks) != len(classes):
             raise ValueError(f"Each target class needs one mask, got {len(classes)} classes and {len(masks)} masks.")
-        # Looking at values waits for the device, here once, and spares later indexing from failing there unexplained.
+        # Reading values synchronizes with the device. One check here prevents unexplained indexing errors there later.
         zero = classes.new_zeros(1)
-        places = masks.flatten().long() if is_index_map else zero
-        limits = [limit for values in (classes, places) for limit in torch.cat([values, zero]).aminmax()]
-        min_class, max_class, min_place, max_place = (int(limit) for limit in torch.stack(limits).cpu())
+        indices = masks.flatten().long() if is_index_map else zero
+        limits = [limit for values in (classes, indices) for limit in torch.cat([values, zero]).aminmax()]
+        min_class, max_class, min_index, max_index = (int(limit) for limit in torch.stack(limits).cpu())
         if min_class < 0:
-            raise ValueError(f"Target classes are class indices from 0, got {min_class}; leave such segments out.")
-        if min_place < 0 or max_place > len(classes):
+            raise ValueError(f"Target classes are class indices from 0, got {min_class}; remove such segments.")
+        if min_index < 0 or max_index > len(classes):
             raise ValueError(
                 f"An index map with {len(classes)} classes holds 0 (no segment) to {len(classes)}, got values from "
-                f"{min_place} to {max_place}; number the segments in the order of the classes, from 1."
+                f"{min_index} to {max_index}; number the segments in the order of the classes, from 1."
             )
         object.__setattr__(self, "max_class", max_class)
 
@@ -58,15 +59,15 @@ class Targets:
         return len(self.classes)
 
     def resized(self, height: int, width: int) -> Bool[Tensor, "N height width"]:
-        """Return all masks, resized with nearest neighbours to the size of the mask logits."""
+        """Return all masks, resized by nearest neighbor to `height` x `width`, the size of the mask logits."""
         if self.masks.ndim == 3:
             return F.interpolate(self.masks[:, None].view(torch.uint8), (height, width), mode="nearest")[:, 0].bool()
-        # The plane is resized before it becomes N masks. float32 holds its numbers exactly up to 2^24.
+        # The plane is resized before it becomes N masks. float32 represents its integers exactly up to 2^24.
         plane = F.interpolate(self.masks.float()[None, None], (height, width), mode="nearest")[0, 0]
         return plane == torch.arange(1, len(self) + 1, device=plane.device)[:, None, None]
 
     def selected(self, indices: Int64[Tensor, " M"]) -> Bool[Tensor, "M H W"]:
-        """Return the masks at `indices`, 0..N-1, in full size."""
+        """Return the masks at the target indices `indices` (0..N-1) at full size."""
         if self.masks.ndim == 3:
             return self.masks[indices]
         return self.masks == (indices + 1).to(self.masks.dtype)[:, None, None]

@@ -1,8 +1,8 @@
-"""Which classes there are: the one owner of data set id <-> class index <-> name <-> thing or stuff.
+"""The classes of a data set: the only place that maps category id, class index, name, and thing or stuff.
 
-A category id is what the annotation files say (COCO: 1..200 with gaps); a class index is a column of the class
-logits (0..K-1 without gaps). Things come first, in ascending id, then stuff, in ascending id; "no object" is
-index K and belongs to no taxonomy.
+A category id is the id in the annotation files (COCO: 1..200 with gaps). A class index is a column of the class logits
+(0..K-1 without gaps). Things come first, by ascending id, then stuff, by ascending id. "No object" is index K and is
+not part of a taxonomy.
 """
 
 from collections import Counter
@@ -19,15 +19,16 @@ class Category:
     name: str
     isthing: bool
     color: tuple[int, int, int] | None = None
-    """RGB in 0..255, for pictures only."""
+    """RGB in 0..255, used for visualization only."""
 
 
 @dataclass(frozen=True)
 class Taxonomy:
     """The classes of a data set in class-index order; equal and hashed by value.
 
-    Raises ValueError if there are no categories, an id or a name occurs twice, or the order is not things by
-    ascending id, then stuff by ascending id (`from_coco` sorts).
+    Raises:
+        ValueError: there are no categories, an id or a name occurs twice, or the order is not things by ascending id,
+            then stuff by ascending id (`from_coco` sorts).
     """
 
     categories: tuple[Category, ...]
@@ -42,7 +43,7 @@ class Taxonomy:
         _refuse_repeated("name", [category.name for category in self.categories])
         if list(self.categories) != sorted(self.categories, key=_class_order):
             raise ValueError(
-                f"The categories must stand in class-index order, things by ascending id, then stuff by ascending id, "
+                f"The categories must be in class-index order, things by ascending id, then stuff by ascending id, "
                 f"got the ids {[category.id for category in self.categories]}; Taxonomy.from_coco sorts them."
             )
 
@@ -50,8 +51,10 @@ class Taxonomy:
     def from_coco(cls, categories: Sequence[Mapping[str, object]]) -> "Taxonomy":
         """Read the `categories` list of a COCO panoptic annotation file, in any order.
 
-        Raises ValueError if an entry lacks `id`, `name` or `isthing`, or has one of the wrong kind. Keys not
-        listed in `Category` are ignored.
+        Keys other than the fields of `Category` are ignored.
+
+        Raises:
+            ValueError: an entry lacks `id`, `name` or `isthing`, or one of them has the wrong type.
         """
         return cls(tuple(sorted(map(_read_category, categories), key=_class_order)))
 
@@ -65,21 +68,25 @@ class Taxonomy:
 
     @property
     def num_classes(self) -> int:
-        """K, things and stuff together; also the index of "no object"."""
+        """Number of classes K, things and stuff together; also the index of "no object"."""
         return len(self.categories)
 
     @property
     def num_things(self) -> int:
-        """The class indices below this number are things: `class_index < num_things`."""
+        """Number of things; a class is a thing if `class_index < num_things`."""
         return sum(category.isthing for category in self.categories)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names by class index."""
+        """Class names by class index."""
         return tuple(category.name for category in self.categories)
 
     def class_index(self, category_id: int) -> int:
-        """Return the class index of a category id; ValueError if the data set has no such category."""
+        """Return the class index of a category id.
+
+        Raises:
+            ValueError: the data set has no such category.
+        """
         try:
             return self._class_index_of[category_id]
         except KeyError:
@@ -90,11 +97,19 @@ class Taxonomy:
             ) from None
 
     def category_id(self, class_index: int) -> int:
-        """Return the category id of a class index; ValueError outside 0..K-1 ("no object" has none)."""
+        """Return the category id of a class index.
+
+        Raises:
+            ValueError: the class index is outside 0..K-1 ("no object" has no category id).
+        """
         return self._at(class_index).id
 
     def is_thing(self, class_index: int) -> bool:
-        """Tell whether the class at `class_index` is countable; ValueError outside 0..K-1."""
+        """Return whether a class is a thing (countable) rather than stuff.
+
+        Raises:
+            ValueError: the class index is outside 0..K-1.
+        """
         return self._at(class_index).isthing
 
     def __contains__(self, category_id: object) -> bool:
@@ -119,7 +134,7 @@ def _refuse_repeated(what: str, values: Iterable[int | str]) -> None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"Each category needs its own {what}, got these more than once: {repeated}; rename or drop one."
+            f"Each category needs its own {what}, got these more than once: {repeated}; rename or remove one."
         )
 
 
@@ -146,7 +161,7 @@ def _read_color(color: object) -> tuple[int, int, int] | None:
         case [int(red), int(green), int(blue)] if all(0 <= part <= 255 for part in (red, green, blue)):
             return red, green, blue
         case _:
-            raise ValueError(f"A category's color is three integers in 0..255, got {color}; correct or drop it.")
+            raise ValueError(f"A category's color is three integers in 0..255, got {color}; correct or remove it.")
 
 
 def _read_table(table: str, isthing: bool) -> Iterable[Category]:

@@ -1,7 +1,8 @@
 """The transformer of MaskFormer: sine positions, encoder layer, decoder layer, decoder.
 
 arXiv:2107.06278, section 3.4; the layers are DETR's (arXiv:2005.12872, appendix A.4): the norm comes after the
-residual sum, and positions are added to queries and keys, never to values. Dropout sits where mmdetection 2.25 has it.
+residual sum, and positions are added to queries and keys, never to values. Dropout is applied where mmdetection 2.25
+applies it.
 
 Letters: L decoder layers, B images, Q queries, C channels, h w feature map, N tokens (h * w).
 """
@@ -18,11 +19,14 @@ _TEMPERATURE = 10000.0
 
 
 def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tensor, "B h*w C"]:
-    """Encode the place of every cell inside the valid part of its image: the first half of `channels` is y, then x.
+    """Encode the position of every cell in the valid part of its image: half of the `channels` for y, then half for x.
 
-    Row and column are counted from 1 and scaled to (0, 2 pi] by the size without padding, so that an image gets
-    the same positions alone and in a padded batch. Sine and cosine alternate over geometrically falling
-    frequencies. Always float32: bfloat16 cannot tell neighbouring rows of a large map apart.
+    Row and column are counted from 1 and scaled to (0, 2 pi] by the size without padding, so an image gets the same
+    positions alone and in a padded batch. Sine and cosine alternate over geometrically decreasing frequencies. The
+    result is always float32, because bfloat16 does not distinguish neighboring rows of a large map.
+
+    Args:
+        padding: True where a cell is padding.
     """
     valid = (~padding).float()
     half = channels // 2
@@ -30,7 +34,7 @@ def sine_positions(padding: Bool[Tensor, "B h w"], channels: int) -> Float[Tenso
     axes: list[Tensor] = []
     for dim in (1, 2):
         count = valid.cumsum(dim)
-        # In a column (row) that is all padding the last count is 0; 1e-6 makes its positions 0 instead of NaN.
+        # If a whole column (row) is padding, its last count is 0; 1e-6 makes its positions 0 instead of NaN.
         scaled = count / (count.narrow(dim, -1, 1) + 1e-6) * (2 * math.pi)
         angle = scaled[..., None] * frequency
         axes.append(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2))
@@ -54,7 +58,7 @@ def _attention(config: ModelConfig) -> nn.MultiheadAttention:
 def _attend(
     attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None
 ) -> Tensor:
-    # need_weights=False is what lets PyTorch choose a fused kernel.
+    # need_weights=False lets PyTorch choose a fused kernel.
     return attention(query, key, value, key_padding_mask=ignored, need_weights=False)[0]
 
 
@@ -63,15 +67,15 @@ def _with_position(content: Tensor, position: Tensor) -> Tensor:
     return content + position.to(content.dtype)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Draw every matrix Xavier-uniform, as DETR does; the packed query-key-value projection counts as one matrix."""
+def _initialize(module: nn.Module) -> None:
+    """Draw every matrix from Xavier uniform, as DETR does, the packed query-key-value projection as one matrix."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention among the cells of a feature map, then a feed-forward network."""
+    """Self-attention over the cells of a feature map, then a feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class EncoderLayer(nn.Module):
         self.feedforward = _feedforward(config, config.dropout)
         self.feedforward_norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
-        _initialise(self)
+        _initialize(self)
 
     def forward(
         self,
@@ -88,7 +92,7 @@ class EncoderLayer(nn.Module):
         positions: Float[Tensor, "B N C"],
         ignored: Bool[Tensor, "B N"] | None,
     ) -> Float[Tensor, "B N C"]:
-        """Refine the tokens. Nothing attends to `ignored` ones; they themselves are still computed."""
+        """Refine the tokens. No token attends to those where `ignored` is True, but they are updated as well."""
         x = tokens
         query = _with_position(x, positions)
         x = self.self_attention_norm(x + self.dropout(_attend(self.self_attention, query, query, x, ignored)))
@@ -96,7 +100,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, cross-attention to the image, then a feed-forward network."""
+    """Self-attention over the queries, cross-attention to the image, then a feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,23 +120,23 @@ class DecoderLayer(nn.Module):
         memory: Float[Tensor, "B N C"],
         ignored: Bool[Tensor, "B N"] | None,
     ) -> Float[Tensor, "B Q C"]:
-        """Refine the queries. `keys` is the memory with its positions added, equal for every layer."""
+        """Refine the queries. `keys` is the memory plus its positions, the same for every layer."""
         x = queries
-        placed = _with_position(x, query_positions)
-        x = self.self_attention_norm(x + self.dropout(_attend(self.self_attention, placed, placed, x, None)))
-        placed = _with_position(x, query_positions)
-        x = self.cross_attention_norm(x + self.dropout(_attend(self.cross_attention, placed, keys, memory, ignored)))
+        query = _with_position(x, query_positions)
+        x = self.self_attention_norm(x + self.dropout(_attend(self.self_attention, query, query, x, None)))
+        query = _with_position(x, query_positions)
+        x = self.cross_attention_norm(x + self.dropout(_attend(self.cross_attention, query, keys, memory, ignored)))
         return self.feedforward_norm(x + self.feedforward(x))
 
 
 class TransformerDecoder(nn.Module):
-    """The stack of decoder layers, which returns what every layer found."""
+    """The stack of decoder layers, which returns the output of every layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
-        _initialise(self)
+        _initialize(self)
 
     def forward(
         self,
@@ -143,14 +147,14 @@ class TransformerDecoder(nn.Module):
     ) -> Float[Tensor, "L B Q C"]:
         """Turn learned query positions into segment embeddings, one set per layer.
 
-        The content of the queries starts at zero. The final norm is shared and goes to the output of every layer;
-        the next layer continues from the output without it.
+        The queries start at zero. One shared norm is applied to the output of every layer; the next layer takes the
+        output before this norm.
         """
         keys = _with_position(memory, positions)
-        placed = query_positions.expand(memory.shape[0], -1, -1)
-        queries = torch.zeros_like(placed)
+        batch_positions = query_positions.expand(memory.shape[0], -1, -1)
+        queries = torch.zeros_like(batch_positions)
         outputs: list[Tensor] = []
         for layer in self.layers:
-            queries = layer(queries, placed, keys, memory, ignored)
+            queries = layer(queries, batch_positions, keys, memory, ignored)
             outputs.append(self.norm(queries))
         return torch.stack(outputs)

@@ -1,13 +1,12 @@
-"""The one exception that means: the user can mend this."""
+"""The two errors that a job prints as one paragraph, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in the command line, the configuration, the data or the surroundings.
+    """An error in the command line, the configuration, the data or the environment that the user can correct.
 
-    The message is one paragraph: what is wrong, what was found, what to do. Jobs print it without a
-    traceback and exit with status 2.
+    The message is one paragraph: what is wrong, what was found, what to do. Jobs exit with status 2.
     """
 
 
-class RunFailed(RuntimeError):
-    """A run that was started properly and failed. The message is its cause; jobs print it and exit with status 1."""
+class RunFailedError(RuntimeError):
+    """A run that started and then failed. The message states the cause; jobs exit with status 1."""

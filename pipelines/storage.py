@@ -1,8 +1,8 @@
-"""One way to name a place, whether a local path or an s3:// URI.
+"""Files and folders, addressed in the same way on a local disk and in an object store (s3://).
 
 Credentials, region and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...),
-never from a configuration. A file becomes visible whole or not at all: an object store does that by
-itself, and on a local disk it is written beside its place and renamed.
+never from a configuration. Writes are atomic: an object store guarantees that, and on a local disk a file is
+written under a temporary name in the same folder and renamed.
 """
 
 import errno
@@ -28,12 +28,12 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDI
 
 
 def is_remote(uri: str) -> bool:
-    """Tell whether `uri` names an object store rather than a path of this machine."""
+    """Return whether `uri` names an object store rather than a path on this machine."""
     return bool(_SCHEME.match(uri)) and not uri.startswith("file://")
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` unchanged if it has a scheme, else as an absolute path (workers have another directory)."""
+    """Return a path as an absolute path, since workers run in another directory, and a URI without a trailing slash."""
     if is_remote(uri):
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
@@ -42,7 +42,7 @@ def absolute(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: where it lives and how to reach it. Compare and print it by `uri`."""
+    """A file or folder and the filesystem that it is on. Compare and print locations by `uri`."""
 
     filesystem: fs.FileSystem
     path: str
@@ -69,13 +69,17 @@ class Location:
         return self._kind() == fs.FileType.Directory
 
     def names(self) -> list[str]:
-        """List the names in this folder, sorted; an absent folder has none."""
+        """List the names in this folder, sorted; empty if the folder does not exist."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         with _explained("list", self):
             return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def size(self) -> int:
-        """Count the bytes of all files in this folder; an absent folder has none."""
+        """Return the bytes of this file, or of all files in this folder; 0 if it does not exist."""
+        with _explained("list", self):
+            info = self.filesystem.get_file_info(self.path)
+        if info.type == fs.FileType.File:
+            return info.size or 0
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
         with _explained("list", self):
             return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))
@@ -88,10 +92,10 @@ class Location:
         return self.read_bytes().decode()
 
     def write_bytes(self, data: bytes) -> None:
-        """Put `data` in place at once, creating the folders above.
+        """Write the file atomically, creating its parent folders.
 
         Raises:
-            UserError: the disk is full, or the place may not be written. Nothing of it is left behind.
+            UserError: the disk is full, or the file may not be written. No partial file is left.
         """
         with _explained("write", self):
             if self.is_local:
@@ -104,16 +108,16 @@ class Location:
         self.write_bytes(text.encode())
 
     def delete(self) -> None:
-        """Delete this file or folder with all in it; absent is fine."""
+        """Delete this file, or this folder and its contents. It need not exist."""
         kind = self._kind()
-        with _explained("delete", self), suppress(FileNotFoundError):  # another process may have been faster
+        with _explained("delete", self), suppress(FileNotFoundError):  # another process may have deleted it
             if kind == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
             elif kind != fs.FileType.NotFound:
                 self.filesystem.delete_file(self.path)
 
     def _kind(self) -> fs.FileType:
-        with _explained("look at", self):
+        with _explained("access", self):
             return self.filesystem.get_file_info(self.path).type
 
 
@@ -132,23 +136,24 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _explained(action: str, place: Location) -> Iterator[None]:
-    """Raise what a person can mend as a UserError; that a file is absent, or a disk broken, stays an OSError."""
+def _explained(action: str, location: Location) -> Iterator[None]:
+    """Raise what the user can correct as a UserError; a missing file or a broken disk stays an OSError."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        if not place.is_local:
-            raise UserError(f"Cannot {action} {place}: {_one_line(error)}. {_credentials_hint()}") from error
+        if not location.is_local:
+            raise UserError(f"Cannot {action} {location}: {_one_line(error)}. {_credentials_hint()}") from error
         if error.errno in _FULL:
             raise UserError(
-                f"Cannot {action} {place}: no space is left ({error.strerror}). What was finished before stays "
-                f"valid; free some space or choose another place, and run the same command again."
+                f"Cannot {action} {location}: no space is left ({error.strerror}). Files written earlier stay valid. "
+                f"Free some space or choose another location, and run the same command again."
             ) from error
         if error.errno in _FORBIDDEN:
             raise UserError(
-                f"Cannot {action} {place}: {os.strerror(error.errno)}. Choose a place that this user may {action}."
+                f"Cannot {action} {location}: {os.strerror(error.errno)}. Choose a location that this user "
+                f"may {action}."
             ) from error
         raise
 
@@ -160,14 +165,14 @@ def _one_line(error: BaseException) -> str:
 def _credentials_hint() -> str:
     keys = "are set" if os.environ.get("AWS_ACCESS_KEY_ID") else "are not set here"
     return (
-        f"Check that the bucket exists and may be used with the credentials (AWS_ACCESS_KEY_ID and "
-        f"AWS_SECRET_ACCESS_KEY, which {keys}, or a role of the machine), the region (AWS_DEFAULT_REGION) and the "
-        f"endpoint (AWS_ENDPOINT_URL) of the environment."
+        f"Check that the bucket exists, and check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which "
+        f"{keys}, or a role of the machine), the region (AWS_DEFAULT_REGION) and the endpoint (AWS_ENDPOINT_URL) in "
+        f"the environment."
     )
 
 
 def locate(uri: str | os.PathLike[str]) -> Location:
-    """Open the place that a path or URI names; nothing is created or read.
+    """Return the location that a path or URI names; nothing is created or read.
 
     Raises:
         UserError: the scheme is unknown or the URI malformed.
@@ -179,7 +184,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     bucket, _, key = path.partition("/")
     if "?" in uri:
         raise UserError(
-            f"{uri} has a query, which would be lost on the way to the workers. Set endpoint and region in the "
+            f"{uri} has a query string, which the workers would not receive. Set endpoint and region in the "
             f"environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION)."
         )
     try:
@@ -198,9 +203,9 @@ def _settings() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=16)
 def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.FileSystem, str]:
-    """Open a bucket once per environment: each opening asks the store for the bucket's region.
+    """Open a bucket, once per environment, since each opening requests the bucket's region.
 
-    pyarrow itself tries a request that fails for a passing reason three times.
+    pyarrow itself retries a request that fails for a transient reason, three times in all.
     """
     return fs.FileSystem.from_uri(bucket)
 

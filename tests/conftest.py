@@ -1,4 +1,8 @@
-"""What many tests share: one Ray session, one small drawn data set, one tiny configuration."""
+"""What many tests share: one Ray session, one small synthetic data set, one tiny configuration."""
+
+from tests.shapes import enforce
+
+enforce()  # before anything imports maskformer
 
 import os
 import uuid
@@ -11,12 +15,11 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
-from pipelines import cluster
-from pipelines.config import TrainConfig
-from pipelines.data.coco import CocoLayout
-from pipelines.data.pack import PackConfig, pack
-from pipelines.data.synthetic import SyntheticConfig, draw_dataset
-from pipelines.recipes import DEMO
+from pipelines.cluster.session import session
+from pipelines.config.recipes import DEMO
+from pipelines.config.train import TrainConfig
+from pipelines.data.pack import PackConfig
+from pipelines.data.synthetic import SyntheticConfig, draw_and_pack
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -26,7 +29,7 @@ def ray_session() -> Iterator[str]:
     """Start Ray on this machine once for all tests; return its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        with cluster.session():
+        with session():
             yield ray.get_runtime_context().gcs_address
 
 
@@ -58,14 +61,12 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Draw and pack 80 training and 12 held-out pictures of ragged sizes."""
+    """Draw and pack 80 training and 12 held-out images of ragged sizes."""
     folder = tmp_path_factory.mktemp("data")
-    places = {}
-    for split, count in (("train", 80), ("val", 12)):
-        draw_dataset(folder / "coco", SyntheticConfig(split=split, num_images=count))
-        places[split] = str(folder / split)
-        pack(CocoLayout.find(str(folder / "coco"), split), places[split], PackConfig(rows_per_shard=16))
-    return places
+    return {
+        split: draw_and_pack(folder, SyntheticConfig(split=split, num_images=count), PackConfig(rows_per_shard=16))
+        for split, count in (("train", 80), ("val", 12))
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Ray nodes as processes of this machine, started as people start them: by `ray start`."""
+"""Ray nodes as processes of this machine, started by `ray start`."""
 
 import os
 import shutil
@@ -18,31 +18,31 @@ PROGRAMS = Path(sys.executable).parent
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
+    """Return unused ports."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for place in sockets:
-            place.bind(("127.0.0.1", 0))
-        return [place.getsockname()[1] for place in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A cluster's head node."""
+    """The head node of a cluster."""
 
     address: str
-    """For drivers: $RAY_ADDRESS."""
+    """The value of $RAY_ADDRESS for drivers."""
     dashboard: str
-    """For those who submit: $RAY_API_SERVER_ADDRESS."""
+    """The value of $RAY_API_SERVER_ADDRESS for submitting jobs."""
     folder: Path
-    """Its files: logs, and the working directories of jobs."""
+    """Logs, and the working directories of jobs."""
 
 
 @contextmanager
 def head(environment: dict[str, str], cpus: int = 2) -> Iterator[Head]:
-    """Start a head node, for as long as the block lasts."""
+    """Start a head node for the duration of the block."""
     port, dashboard, agent = free_ports(3)
-    # Not pytest's folder: the names of sockets in it must stay below 107 characters.
+    # Not the folder of pytest: paths of sockets in it must stay below 107 characters.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     arguments = [
         "--head", f"--num-cpus={cpus}", f"--port={port}", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1",
@@ -57,7 +57,11 @@ def head(environment: dict[str, str], cpus: int = 2) -> Iterator[Head]:
 
 @contextmanager
 def node(head: Head, environment: dict[str, str], before: Sequence[str] = ()) -> Iterator[None]:
-    """Add a node with one CPU to a cluster; `before` is a command that runs its arguments, such as `env`."""
+    """Add a node with one CPU to a cluster for the duration of the block.
+
+    Args:
+        before: a command that runs its arguments, such as `env`; it runs `ray start`.
+    """
     [agent] = free_ports(1)
     arguments = [
         f"--address={head.address}", "--num-cpus=1", "--node-ip-address=127.0.0.1",
@@ -71,7 +75,7 @@ def node(head: Head, environment: dict[str, str], before: Sequence[str] = ()) ->
 def _node(
     arguments: list[str], environment: dict[str, str], listening: tuple[int, ...], before: Sequence[str] = ()
 ) -> Iterator[None]:
-    # With --block the node lives and dies with this one process; `ray stop` would stop those of others too.
+    # With --block the node ends with this process. `ray stop` would also stop the nodes of others.
     command = [*before, str(PROGRAMS / "ray"), "start", "--block", "--object-store-memory=100000000", *arguments]
     process = subprocess.Popen(
         command,
@@ -90,14 +94,14 @@ def _node(
         for port in listening:
             while not _answers(port):
                 assert process.poll() is None, f"{' '.join(command)} ended with status {process.returncode}"
-                assert time.monotonic() < deadline, f"nobody listens at port {port} of {' '.join(command)}"
+                assert time.monotonic() < deadline, f"nothing listens at port {port} of {' '.join(command)}"
                 time.sleep(0.1)
         yield
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()  # and it ends its own
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()  # it ends its children
         process.wait(120)
-        for child in family:
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
 

@@ -1,20 +1,14 @@
-"""Measure how many training images one CPU decodes and augments per second: what the data tasks do, without Ray.
+"""Measure how many training images one CPU decodes and augments per second, like a data task but without Ray.
 
 python jobs/bench/augment.py --input coco --split val2017
 
-Reading from storage and Ray's own work are not in it. jobs/plan.py takes the figure as --images-per-cpu-second.
+Reading from storage and Ray's overhead are not included. jobs/plan.py takes the result as --images-per-cpu-second.
 """
 
 import time
 from dataclasses import dataclass
 
-import torch
-
-from jobs.cli import parse, run
-from pipelines.data.augment import Sample, augment, sample_rng
-from pipelines.data.coco import CocoLayout, read_coco
-from pipelines.data.pixels import decode_image, decode_panoptic, index_map
-from pipelines.recipes import R50_MMDET, SWIN_L_ORIGINAL
+from jobs.shared.cli import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +16,23 @@ class Augment:
     """Measure how many training images one CPU decodes and augments per second."""
 
     input: str
-    """A COCO panoptic data set's folder."""
+    """Folder of a COCO panoptic data set."""
     split: str
+    """Split of the data set, such as val2017."""
     images: int = 64
-    """Augmented images to time, the data set's first ones over and over."""
+    """Augmented images to time. The first images of the data set are used, repeatedly if there are fewer."""
 
 
 def main() -> None:
-    flags = parse(Augment)
+    flags = parse(Augment, description=__doc__)
+
+    import torch  # --help should not import it
+
+    from pipelines.config.recipes import R50_MMDET, SWIN_L_ORIGINAL
+    from pipelines.data.augment import Sample, augment, sample_rng
+    from pipelines.data.coco import CocoLayout, read_coco
+    from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
     dataset = read_coco(layout)
@@ -37,7 +40,7 @@ def main() -> None:
     files = [
         ((layout.images / r.image_file).read_bytes(), (layout.panoptic / r.panoptic_file).read_bytes()) for r in records
     ]
-    print(f"{'':<18}{'images/s of one CPU':>20}{'of it decoding':>16}")
+    print(f"{'':<18}{'images/s per CPU':>20}{'decoding':>16}")
     for recipe in (R50_MMDET, SWIN_L_ORIGINAL):
         decoding, start = 0.0, time.process_time()
         for turn in range(flags.images):

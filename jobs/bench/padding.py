@@ -1,22 +1,36 @@
-"""Measure how far an image in a padded batch is from the same image alone.
+"""Measure how much padding in a batch changes the output for an image.
 
-Padding is kept out of attention and positions; convolutions, GroupNorm and Swin's windows see it. Random weights, so
-the figure is the size of the effect, not its cost in PQ: published recipes and evaluation take images one by one.
+python jobs/bench/padding.py
+
+Padding is excluded from attention and positions, but convolutions, GroupNorm and Swin's windows see it. The weights are
+random, so the figure is the size of the effect, not its cost in PQ: published recipes and evaluation take images one by
+one.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import torch
-
-from jobs.cli import run
-from maskformer import R50, SWIN_T, build_model
+from jobs.shared.cli import parse, run
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """Measure how much padding in a batch changes the output for an image."""
+
+    seed: int = 0
+    """Seed of the weights and of the image."""
+
+
 def main() -> None:
-    torch.manual_seed(0)
+    flags = parse(Padding, Padding(), __doc__)
+
+    import torch  # --help should not import it
+
+    from maskformer import R50, SWIN_T, build_model
+
+    torch.manual_seed(flags.seed)
+    torch.set_grad_enabled(False)
     image = torch.randn(1, 3, 320, 416)
-    print(f"{'':<20}{'padded to':>12}{'class logits':>16}{'mask logits':>16}   |difference| / standard deviation, mean")
+    print(f"{'':<20}{'padded to':>12}{'class logits':>16}{'mask logits':>16}   mean |difference| / standard deviation")
     for name, config in {"R50": R50, "R50, no encoder": replace(R50, encoder_layers=0), "Swin-T": SWIN_T}.items():
         model = build_model(config).eval()
         alone = model(image)

@@ -1,19 +1,18 @@
-"""Weights in and out of every format: mmdetection, detectron2, Hugging Face, ImageNet backbones, and our own."""
+"""Read and write weights: mmdetection, detectron2, Hugging Face, ImageNet backbones, and the native format."""
 
-from maskformer.weights.architecture import detect
+from maskformer.weights.architecture import detect_config
 from maskformer.weights.description import class_names, stated_taxonomy
 from maskformer.weights.initial import initial_weights
 from maskformer.weights.loading import LoadReport, load
 from maskformer.weights.reading import Source, Weights, read
-from maskformer.weights.saving import Format, save
+from maskformer.weights.saving import save
 
 __all__ = [
-    "Format",
     "LoadReport",
     "Source",
     "Weights",
     "class_names",
-    "detect",
+    "detect_config",
     "initial_weights",
     "load",
     "read",

@@ -1,4 +1,4 @@
-"""Which code wrote a file and which network is in it, from the names and shapes of its tensors."""
+"""Detect the format of a file and the network in it from the names and shapes of its tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,11 @@ from maskformer.weights.names import Layout, Row
 from maskformer.weights.reading import Source, Weights, read
 
 _PARTS = ("backbone", "pixel_decoder", "query_embedding", "transformer_decoder", "class_head", "mask_head")
-OWN = Layout("own", [Row(f"{part}.*", f"{part}.*") for part in _PARTS])
-LAYOUTS = (MMDET_3, MMDET_2, DETECTRON2, HUGGINGFACE, TORCHVISION, SWIN, TIMM, DETECTRON2_BACKBONE, OWN)
+NATIVE = Layout("native", [Row(f"{part}.*", f"{part}.*") for part in _PARTS])
+LAYOUTS = (MMDET_3, MMDET_2, DETECTRON2, HUGGINGFACE, TORCHVISION, SWIN, TIMM, DETECTRON2_BACKBONE, NATIVE)
 
 _SWINS = {(96, 6): SWIN_T, (96, 18): SWIN_S, (128, 18): SWIN_B, (192, 18): SWIN_L}
-"""Channels of the first stage, blocks of the third."""
+"""The Swin presets by channels of the first stage and blocks of the third."""
 
 _DIMENSIONS = {
     "query_embedding.weight": 2,
@@ -28,52 +28,53 @@ _DIMENSIONS = {
     "transformer_decoder.layers.0.feedforward.0.bias": 1,
     "backbone.features.0.0.weight": 4,
 }
-"""Of the tensors whose sizes are read."""
+"""Number of dimensions of the tensors whose sizes are read."""
 
 
-def recognise(weights: Weights) -> Layout:
-    """Return the layout that knows most of the names.
+def recognize(weights: Weights) -> Layout:
+    """Return the layout that matches most of the names.
 
     Raises:
-        ValueError: none knows any.
+        ValueError: no layout matches any name.
     """
-    counts = [sum(map(layout.knows, weights.tensors)) for layout in LAYOUTS]
+    counts = [sum(map(layout.matches, weights.tensors)) for layout in LAYOUTS]
     if not any(counts):
         raise ValueError(
             f"{weights.source} has no tensor of a MaskFormer or of its backbones; its names begin with "
             f"{', '.join(list(weights.tensors)[:3])}. Give weights of mmdetection, detectron2, Hugging Face, "
-            f"torchvision, Swin or ours."
+            f"torchvision or Swin, or native weights."
         )
     return LAYOUTS[counts.index(max(counts))]
 
 
-def detect(source: Source) -> ModelConfig:
+def detect_config(source: Source) -> ModelConfig:
     """Return the configuration of the model in a file: its backbone, sizes and numbers of layers.
 
-    What leaves no trace in tensors is as the file states it, or else as published: 8 heads, dropout, and so on.
+    Fields that cannot be read from tensors, such as the number of heads and dropout, are taken from the configuration
+    in the file if it has one, else from the published model.
 
     Raises:
-        ValueError: the file cannot be read, or is not a whole MaskFormer of a known shape.
+        ValueError: the file cannot be read, or is not a complete MaskFormer of a known architecture.
     """
     weights = read(source)
     stated = model_fields(weights)
-    fields = stated if "backbone" in stated else {**_found(weights), **stated}
+    fields = stated if "backbone" in stated else {**_detected_fields(weights), **stated}
     try:
         return ModelConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{weights.source} holds a model that cannot be built: {error}") from None
 
 
-def _found(weights: Weights) -> dict[str, Any]:
-    """Return the fields that show in the tensors; the rest are as published for the backbone."""
-    renamed = recognise(weights).to_own(weights.tensors, weights.source)
+def _detected_fields(weights: Weights) -> dict[str, Any]:
+    """Return the fields that follow from the tensors; the others are as published for the backbone."""
+    renamed = recognize(weights).to_native(weights.tensors, weights.source)
     tensors = renamed.tensors
     for name, dimensions in _DIMENSIONS.items():
         if name in tensors and tensors[name].dim() != dimensions:
             raise ValueError(
                 f"{weights.source} is not a MaskFormer: its tensor {renamed.foreign[name]} has the shape "
                 f"{tuple(tensors[name].shape)}, where {name} has {dimensions} dimensions. Give the checkpoint of a "
-                f"whole model."
+                f"complete model."
             )
     try:
         num_queries, hidden_dim = tensors["query_embedding.weight"].shape
@@ -88,8 +89,8 @@ def _found(weights: Weights) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(
-            f"{weights.source} is not a whole MaskFormer: it has no {error.args[0]}. Give the checkpoint of a whole "
-            f"model; that of a backbone alone is for the start of a training."
+            f"{weights.source} is not a complete MaskFormer: it has no {error.args[0]}. Give the checkpoint of a "
+            f"complete model; a backbone alone can only initialize a training."
         ) from None
 
 
@@ -103,11 +104,11 @@ def _with_backbone(tensors: Mapping[str, Tensor], source: str) -> ModelConfig:
         known = _SWINS.get(shape)
         what = f"a Swin with {shape[0]} channels and {shape[1]} blocks in its third stage"
     else:
-        known, what = None, "one whose number of attention heads is not in the file"
+        known, what = None, "of another kind, and its number of attention heads is not in the file"
     if known is None:
         raise ValueError(
-            f"The backbone in {source} cannot be told from its tensors: it is {what}. Known are resnet50, resnet101, "
-            f"swin_t, swin_s, swin_b and swin_l, and any in our own format."
+            f"The backbone in {source} cannot be detected from its tensors: it is {what}. Give a model with resnet50, "
+            f"resnet101, swin_t, swin_s, swin_b or swin_l, or a file in the native format."
         )
     return known
 

@@ -1,4 +1,4 @@
-"""What a file says about the model beside its tensors: the names of its classes and its configuration."""
+"""Metadata of a weights file: its class names and its model configuration."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from maskformer.weights.reading import Weights
 
 
 def describe(config: ModelConfig, taxonomy: Taxonomy | None) -> dict[str, Any]:
-    """Return what our own files say; the `config.json` of a training's checkpoint says it in the same places."""
+    """Return the metadata of a native file; `config.json` of a training checkpoint has it under the same keys."""
     return {
         "config": {"model": dataclasses.asdict(config)},
         "categories": None if taxonomy is None else taxonomy.to_coco(),
@@ -19,54 +19,54 @@ def describe(config: ModelConfig, taxonomy: Taxonomy | None) -> dict[str, Any]:
 
 
 def class_names(weights: Weights) -> tuple[str, ...] | None:
-    """Return the names of the classes by class index; None if the file has none.
+    """Return the class names by class index; None if the file has none.
 
     Raises:
-        ValueError: what our own file says about its classes is damaged.
+        ValueError: the categories of a native file are damaged.
     """
     about = weights.about
     meta = _mapping(about.get("meta"))
     dataset = _mapping(meta.get("dataset_meta"))
     labels = _mapping(about.get("id2label"))
-    if (own := _own_taxonomy(weights)) is not None:
-        return own.names
+    if (native := _native_taxonomy(weights)) is not None:
+        return native.names
     for names in (
         dataset.get("classes"),  # mmdet 3
         dataset.get("CLASSES"),  # its release candidates
         meta.get("CLASSES"),  # mmdet 2
         [labels.get(str(index)) for index in range(len(labels))] or None,  # Hugging Face
     ):
-        # LABEL_0 is what transformers calls a class without a name.
+        # transformers names a class without a name LABEL_0.
         if _is_names(names) and not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             return tuple(names)
     return None
 
 
 def stated_taxonomy(weights: Weights) -> Taxonomy | None:
-    """Return the file's classes if they are all known: those of our own files, and COCO's, told by their names.
+    """Return the taxonomy of a file if it is known: that of a native file, or COCO if the class names are COCO's.
 
     Raises:
         ValueError: as for `class_names`.
     """
-    own = _own_taxonomy(weights)
-    return COCO if own is None and class_names(weights) == COCO.names else own
+    native = _native_taxonomy(weights)
+    return COCO if native is None and class_names(weights) == COCO.names else native
 
 
 def model_fields(weights: Weights) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that the file states: all in our own files, few or none in others.
+    """Return the fields of `ModelConfig` that the file states: all in a native file, few or none in others.
 
     Raises:
-        ValueError: it states fields or values that this version does not have.
+        ValueError: the file states fields or values that this version does not have.
     """
-    own = _mapping(_mapping(weights.about.get("config")).get("model"))
-    if own:
-        unknown = own.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
+    native = _mapping(_mapping(weights.about.get("config")).get("model"))
+    if native:
+        unknown = native.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown:
             raise ValueError(
                 f"{weights.source} has a configuration with {', '.join(sorted(unknown))}, which this version does "
                 f"not know. Use the version that wrote it."
             )
-        fields = {name: tuple(value) if _is_list(value) else value for name, value in own.items()}
+        fields = {name: tuple(value) if _is_list(value) else value for name, value in native.items()}
         if fields.get("backbone") not in get_args(get_type_hints(ModelConfig)["backbone"]):
             raise ValueError(
                 f"{weights.source} has a configuration with the backbone {fields.get('backbone')!r}, which this "
@@ -77,14 +77,14 @@ def model_fields(weights: Weights) -> dict[str, Any]:
         if odd:
             raise ValueError(
                 f"{weights.source} has a configuration whose {odd[0]} is {fields[odd[0]]!r}, where a value like "
-                f"{getattr(defaults, odd[0])!r} belongs. Give an undamaged copy of the file."
+                f"{getattr(defaults, odd[0])!r} is expected. Give an undamaged copy of the file."
             )
         return fields
     heads = _mapping(weights.about.get("decoder_config")).get("decoder_attention_heads")
     return {"num_heads": heads} if isinstance(heads, int) else {}
 
 
-def _own_taxonomy(weights: Weights) -> Taxonomy | None:
+def _native_taxonomy(weights: Weights) -> Taxonomy | None:
     categories = weights.about.get("categories")
     if not categories:
         return None
@@ -92,7 +92,7 @@ def _own_taxonomy(weights: Weights) -> Taxonomy | None:
         return Taxonomy.from_coco(categories)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{weights.source} has categories that are no list of classes ({error}). Give an undamaged copy of the "
+            f"{weights.source} has categories that are not a list of classes ({error}). Give an undamaged copy of the "
             f"file."
         ) from error
 

@@ -1,7 +1,7 @@
-"""The tensor names of the original MaskFormer, on detectron2, and of detectron2's ResNet alone.
+"""Tensor names of the original MaskFormer, built on detectron2, and of detectron2's ResNet alone.
 
 Sources: mask_former/modeling of the original code, heads/pixel_decoder.py, transformer/transformer_predictor.py,
-transformer/transformer.py and backbone/swin.py; its frozen batch norms have no `num_batches_tracked`.
+transformer/transformer.py and backbone/swin.py. Its frozen batch norms have no `num_batches_tracked`.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ def _resnet(prefix: str) -> Iterator[Row]:
     yield Row("backbone.conv1", f"{prefix}stem.conv1")
     yield Row("backbone.bn1", f"{prefix}stem.conv1.norm")
     for stage in range(1, 5):
-        own, foreign = f"backbone.layer{stage}.{{}}", f"{prefix}res{stage + 1}.{{}}"
-        yield Row(f"{own}.conv{{}}", f"{foreign}.conv{{}}")
-        yield Row(f"{own}.bn{{}}", f"{foreign}.conv{{}}.norm")
-        yield Row(f"{own}.downsample.0", f"{foreign}.shortcut")
-        yield Row(f"{own}.downsample.1", f"{foreign}.shortcut.norm")
+        native, foreign = f"backbone.layer{stage}.{{}}", f"{prefix}res{stage + 1}.{{}}"
+        yield Row(f"{native}.conv{{}}", f"{foreign}.conv{{}}")
+        yield Row(f"{native}.bn{{}}", f"{foreign}.conv{{}}.norm")
+        yield Row(f"{native}.downsample.0", f"{foreign}.shortcut")
+        yield Row(f"{native}.downsample.1", f"{foreign}.shortcut.norm")
 
 
 def _swin() -> Iterator[Row]:
@@ -32,39 +32,39 @@ def _pixel_decoder(prefix: str) -> Iterator[Row]:
     yield Row("pixel_decoder.top.0", f"{prefix}.layer_4")
     yield Row("pixel_decoder.top.1", f"{prefix}.layer_4.norm")
     for step in range(3):
-        level = 3 - step  # fine to coarse there, coarse to fine here
-        for own, foreign in (("laterals", "adapter"), ("outputs", "layer")):
-            yield Row(f"pixel_decoder.{own}.{step}.0", f"{prefix}.{foreign}_{level}")
-            yield Row(f"pixel_decoder.{own}.{step}.1", f"{prefix}.{foreign}_{level}.norm")
+        level = 3 - step  # detectron2 counts fine to coarse, the native names coarse to fine
+        for native, foreign in (("laterals", "adapter"), ("outputs", "layer")):
+            yield Row(f"pixel_decoder.{native}.{step}.0", f"{prefix}.{foreign}_{level}")
+            yield Row(f"pixel_decoder.{native}.{step}.1", f"{prefix}.{foreign}_{level}.norm")
     yield Row("pixel_decoder.mask_features", f"{prefix}.mask_features")
-    own, foreign = "pixel_decoder.encoder.{}", f"{prefix}.transformer.encoder.layers.{{}}"
-    yield from _attention(f"{own}.self_attention", f"{foreign}.self_attn")
-    yield Row(f"{own}.self_attention_norm", f"{foreign}.norm1")
-    yield Row(f"{own}.feedforward.0", f"{foreign}.linear1")
-    yield Row(f"{own}.feedforward.3", f"{foreign}.linear2")
-    yield Row(f"{own}.feedforward_norm", f"{foreign}.norm2")
+    native, foreign = "pixel_decoder.encoder.{}", f"{prefix}.transformer.encoder.layers.{{}}"
+    yield from _attention(f"{native}.self_attention", f"{foreign}.self_attn")
+    yield Row(f"{native}.self_attention_norm", f"{foreign}.norm1")
+    yield Row(f"{native}.feedforward.0", f"{foreign}.linear1")
+    yield Row(f"{native}.feedforward.3", f"{foreign}.linear2")
+    yield Row(f"{native}.feedforward_norm", f"{foreign}.norm2")
 
 
 def _predictor(prefix: str) -> Iterator[Row]:
     yield Row("query_embedding", f"{prefix}.query_embed")
     yield Row("pixel_decoder.projection", f"{prefix}.input_proj")
-    own, foreign = "transformer_decoder.layers.{}", f"{prefix}.transformer.decoder.layers.{{}}"
-    yield from _attention(f"{own}.self_attention", f"{foreign}.self_attn")
-    yield Row(f"{own}.self_attention_norm", f"{foreign}.norm1")
-    yield from _attention(f"{own}.cross_attention", f"{foreign}.multihead_attn")
-    yield Row(f"{own}.cross_attention_norm", f"{foreign}.norm2")
-    yield Row(f"{own}.feedforward.0", f"{foreign}.linear1")
-    yield Row(f"{own}.feedforward.3", f"{foreign}.linear2")
-    yield Row(f"{own}.feedforward_norm", f"{foreign}.norm3")
+    native, foreign = "transformer_decoder.layers.{}", f"{prefix}.transformer.decoder.layers.{{}}"
+    yield from _attention(f"{native}.self_attention", f"{foreign}.self_attn")
+    yield Row(f"{native}.self_attention_norm", f"{foreign}.norm1")
+    yield from _attention(f"{native}.cross_attention", f"{foreign}.multihead_attn")
+    yield Row(f"{native}.cross_attention_norm", f"{foreign}.norm2")
+    yield Row(f"{native}.feedforward.0", f"{foreign}.linear1")
+    yield Row(f"{native}.feedforward.3", f"{foreign}.linear2")
+    yield Row(f"{native}.feedforward_norm", f"{foreign}.norm3")
     yield Row("transformer_decoder.norm", f"{prefix}.transformer.decoder.norm")
     yield Row("class_head", f"{prefix}.class_embed")
     for index in range(3):
         yield Row(f"mask_head.{2 * index}", f"{prefix}.mask_embed.layers.{index}")
 
 
-def _attention(own: str, foreign: str) -> Iterator[Row]:
-    for leaf in ("in_proj_weight", "in_proj_bias", "out_proj"):
-        yield Row(f"{own}.{leaf}", f"{foreign}.{leaf}")
+def _attention(native: str, foreign: str) -> Iterator[Row]:
+    for name in ("in_proj_weight", "in_proj_bias", "out_proj"):
+        yield Row(f"{native}.{name}", f"{foreign}.{name}")
 
 
 DETECTRON2 = Layout(
@@ -73,7 +73,7 @@ DETECTRON2 = Layout(
         *_resnet("backbone."),
         *_swin(),
         *_pixel_decoder("sem_seg_head.pixel_decoder"),
-        *_pixel_decoder("sem_seg_head"),  # before version 2 of the head
+        *_pixel_decoder("sem_seg_head"),  # names before version 2 of the head
         *_predictor("sem_seg_head.predictor"),
     ],
     leftovers=r"^criterion\.empty_weight$|^pixel_(mean|std)$",

@@ -1,7 +1,7 @@
-"""The tensor names and the configuration of transformers' MaskFormerForInstanceSegmentation.
+"""Tensor names and configuration of transformers' MaskFormerForInstanceSegmentation.
 
-Sources: transformers/models/maskformer, models/resnet, and the names that `save_pretrained` writes, where they differ
-from those of the modules in memory (`out_proj` and `fc1` on disk, `o_proj` and `mlp.fc1` in memory since version 5).
+Sources: transformers/models/maskformer and models/resnet. The names that `save_pretrained` writes may differ from those
+of the modules in memory (`out_proj` and `fc1` on disk, `o_proj` and `mlp.fc1` in memory since version 5).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,8 @@ _TRANSFORMER = "model.transformer_module"
 
 
 def _resnet() -> Iterator[Row]:
-    for leaf, own in (("convolution", "conv"), ("normalization", "bn")):
-        yield Row(f"backbone.{own}1", f"{_BACKBONE}.embedder.embedder.{leaf}")
+    for name, native in (("convolution", "conv"), ("normalization", "bn")):
+        yield Row(f"backbone.{native}1", f"{_BACKBONE}.embedder.embedder.{name}")
     for stage in range(4):
         block, foreign = f"backbone.layer{stage + 1}.{{}}", f"{_BACKBONE}.encoder.stages.{stage}.layers.{{}}"
         for index in range(3):
@@ -34,47 +34,47 @@ def _swin() -> Iterator[Row]:
     yield Row("backbone.features.0.0", f"{_BACKBONE}.model.embeddings.patch_embeddings.projection")
     yield Row("backbone.features.0.2", f"{_BACKBONE}.model.embeddings.norm")
     for stage in range(4):
-        own = f"backbone.features.{2 * stage + 1}.{{}}"
+        native = f"backbone.features.{2 * stage + 1}.{{}}"
         foreign = f"{_BACKBONE}.model.encoder.layers.{stage}.blocks.{{}}"
-        yield Row(f"{own}.norm1", f"{foreign}.layernorm_before")
-        for leaf in ("weight", "bias"):
-            query, key, value = (f"{foreign}.attention.self.{part}.{leaf}" for part in ("query", "key", "value"))
-            yield Row(f"{own}.attn.qkv.{leaf}", (query, key, value))
+        yield Row(f"{native}.norm1", f"{foreign}.layernorm_before")
+        for kind in ("weight", "bias"):
+            query, key, value = (f"{foreign}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+            yield Row(f"{native}.attn.qkv.{kind}", (query, key, value))
         for name in ("relative_position_bias_table", "relative_position_index"):
-            yield Row(f"{own}.attn.{name}", f"{foreign}.attention.self.{name}")
-        yield Row(f"{own}.attn.proj", f"{foreign}.attention.output.dense")
-        yield Row(f"{own}.norm2", f"{foreign}.layernorm_after")
-        yield Row(f"{own}.mlp.0", f"{foreign}.intermediate.dense")
-        yield Row(f"{own}.mlp.3", f"{foreign}.output.dense")
+            yield Row(f"{native}.attn.{name}", f"{foreign}.attention.self.{name}")
+        yield Row(f"{native}.attn.proj", f"{foreign}.attention.output.dense")
+        yield Row(f"{native}.norm2", f"{foreign}.layernorm_after")
+        yield Row(f"{native}.mlp.0", f"{foreign}.intermediate.dense")
+        yield Row(f"{native}.mlp.3", f"{foreign}.output.dense")
         yield Row(f"backbone.norms.{stage}", f"{_BACKBONE}.hidden_states_norms.{stage}")
     for stage in range(3):
         for name in ("norm", "reduction"):
-            own = f"backbone.features.{2 * stage + 2}.{name}"
-            yield Row(own, f"{_BACKBONE}.model.encoder.layers.{stage}.downsample.{name}")
+            native = f"backbone.features.{2 * stage + 2}.{name}"
+            yield Row(native, f"{_BACKBONE}.model.encoder.layers.{stage}.downsample.{name}")
 
 
 def _pixel_decoder() -> Iterator[Row]:
     yield Row("pixel_decoder.projection", f"{_TRANSFORMER}.input_projection", encoder=False)
     yield Row("pixel_decoder.top.{}", f"{_PYRAMID}.stem.{{}}", encoder=False)
-    for step in range(3):  # coarse to fine in both
+    for step in range(3):  # both count coarse to fine
         yield Row(f"pixel_decoder.laterals.{step}.{{}}", f"{_PYRAMID}.layers.{step}.proj.{{}}")
         yield Row(f"pixel_decoder.outputs.{step}.{{}}", f"{_PYRAMID}.layers.{step}.block.{{}}")
     yield Row("pixel_decoder.mask_features", "model.pixel_level_module.decoder.mask_projection")
 
 
 def _decoder() -> Iterator[Row]:
-    own, foreign = "transformer_decoder.layers.{}", f"{_TRANSFORMER}.decoder.layers.{{}}"
-    for own_part, part in (("self_attention", "self_attn"), ("cross_attention", "encoder_attn")):
-        for leaf in ("weight", "bias"):
-            query, key, value = (f"{foreign}.{part}.{letter}_proj.{leaf}" for letter in "qkv")
-            yield Row(f"{own}.{own_part}.in_proj_{leaf}", (query, key, value))
-        for name in ("out_proj", "o_proj"):  # export takes the first
-            yield Row(f"{own}.{own_part}.out_proj", f"{foreign}.{part}.{name}")
-        yield Row(f"{own}.{own_part}_norm", f"{foreign}.{part}_layer_norm")
-    for prefix in ("", "mlp."):  # export takes the first
-        yield Row(f"{own}.feedforward.0", f"{foreign}.{prefix}fc1")
-        yield Row(f"{own}.feedforward.3", f"{foreign}.{prefix}fc2")
-    yield Row(f"{own}.feedforward_norm", f"{foreign}.final_layer_norm")
+    native, foreign = "transformer_decoder.layers.{}", f"{_TRANSFORMER}.decoder.layers.{{}}"
+    for native_part, part in (("self_attention", "self_attn"), ("cross_attention", "encoder_attn")):
+        for kind in ("weight", "bias"):
+            query, key, value = (f"{foreign}.{part}.{letter}_proj.{kind}" for letter in "qkv")
+            yield Row(f"{native}.{native_part}.in_proj_{kind}", (query, key, value))
+        for name in ("out_proj", "o_proj"):  # export uses the first
+            yield Row(f"{native}.{native_part}.out_proj", f"{foreign}.{part}.{name}")
+        yield Row(f"{native}.{native_part}_norm", f"{foreign}.{part}_layer_norm")
+    for prefix in ("", "mlp."):  # export uses the first
+        yield Row(f"{native}.feedforward.0", f"{foreign}.{prefix}fc1")
+        yield Row(f"{native}.feedforward.3", f"{foreign}.{prefix}fc2")
+    yield Row(f"{native}.feedforward_norm", f"{foreign}.final_layer_norm")
     yield Row("transformer_decoder.norm", f"{_TRANSFORMER}.decoder.layernorm")
     yield Row("query_embedding", f"{_TRANSFORMER}.queries_embedder")
     yield Row("class_head", "class_predictor")
@@ -90,7 +90,7 @@ HUGGINGFACE = Layout(
 
 
 def constants(config: ModelConfig) -> dict[str, Tensor]:
-    """Return what `from_pretrained` expects beside the weights."""
+    """Return the constant tensors that `from_pretrained` expects in addition to the weights."""
     constants = {"criterion.empty_weight": torch.ones(config.num_classes + 1)}
     constants["criterion.empty_weight"][-1] = LossConfig().no_object_weight
     if config.backbone in _SWINS:
@@ -125,8 +125,8 @@ def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict
     if config.encoder_layers:
         raise ValueError(
             f"transformers' MaskFormer has no transformer encoder in its pixel decoder, this model has "
-            f"{config.encoder_layers} layers of it. Only models with encoder_layers 0 can be written for it; "
-            f"the formats of mmdetection take this one."
+            f"{config.encoder_layers} encoder layers. Only models with encoder_layers 0 can be written in this format; "
+            f"write this one in a format of mmdetection."
         )
     if config.backbone in _SWINS:
         backbone = {"model_type": "swin", "drop_path_rate": config.drop_path, **_SWINS[config.backbone]}
@@ -135,12 +135,12 @@ def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict
     else:
         raise ValueError(
             f"transformers' MaskFormer has no backbone {config.backbone!r}, only ResNets and Swins. Write this model "
-            f"in our own format."
+            f"in the native format."
         )
     if config.hidden_dim % 32:
         raise ValueError(
-            f"transformers' pixel decoder normalises 32 groups of channels, so hidden_dim must be a multiple of 32, "
-            f"got {config.hidden_dim}. Write this model in our own format."
+            f"transformers' pixel decoder normalizes 32 groups of channels, so hidden_dim must be a multiple of 32, "
+            f"got {config.hidden_dim}. Write this model in the native format."
         )
     names = class_names or tuple(f"LABEL_{index}" for index in range(config.num_classes))
     return {
@@ -169,7 +169,7 @@ def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict
 
 
 def processor_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of `preprocessor_config.json`: the images as the published models are tested on."""
+    """Return the content of `preprocessor_config.json`: the preprocessing with which published models are evaluated."""
     return {
         "image_processor_type": "MaskFormerImageProcessor",
         "do_resize": True,

@@ -1,7 +1,7 @@
-"""The tensor names of ImageNet classifiers whose backbones are ours.
+"""Tensor names of ImageNet classifiers that share a backbone with the native model.
 
-Sources: torchvision's models, the official Swin (models/swin_transformer.py of microsoft/Swin-Transformer) and timm's,
-which from 0.9 on merges patches at the start of a stage instead of at the end of the one before.
+Sources: torchvision's models, the official Swin (models/swin_transformer.py of microsoft/Swin-Transformer) and timm's
+Swin, which since 0.9 merges patches at the start of a stage instead of at the end of the previous one.
 """
 
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from maskformer.weights.names import Layout, Row
 
 
 def swin_rows(prefix: str, merging_ends_stage: bool) -> Iterator[Row]:
-    """Yield the names of the official Swin; in the original MaskFormer they have a prefix."""
+    """Yield the rows of the official Swin, whose names have a prefix in the original MaskFormer."""
     yield Row("backbone.features.0.0", f"{prefix}patch_embed.proj")
     yield Row("backbone.features.0.2", f"{prefix}patch_embed.norm")
     for stage in range(4):
-        own, foreign = f"backbone.features.{2 * stage + 1}.{{}}", f"{prefix}layers.{stage}.blocks.{{}}"
+        native, foreign = f"backbone.features.{2 * stage + 1}.{{}}", f"{prefix}layers.{stage}.blocks.{{}}"
         for name in ("norm1", "attn.qkv", "attn.proj", "attn.relative_position_bias_table", "norm2"):
-            yield Row(f"{own}.{name}", f"{foreign}.{name}")
-        yield Row(f"{own}.mlp.0", f"{foreign}.mlp.fc1")
-        yield Row(f"{own}.mlp.3", f"{foreign}.mlp.fc2")
+            yield Row(f"{native}.{name}", f"{foreign}.{name}")
+        yield Row(f"{native}.mlp.0", f"{foreign}.mlp.fc1")
+        yield Row(f"{native}.mlp.3", f"{foreign}.mlp.fc2")
     for stage in range(3):
-        own = f"backbone.features.{2 * stage + 2}"
+        native = f"backbone.features.{2 * stage + 2}"
         foreign = f"{prefix}layers.{stage if merging_ends_stage else stage + 1}.downsample"
-        yield Row(f"{own}.norm", f"{foreign}.norm")
-        yield Row(f"{own}.reduction", f"{foreign}.reduction")
+        yield Row(f"{native}.norm", f"{foreign}.norm")
+        yield Row(f"{native}.reduction", f"{foreign}.reduction")
 
 
 TORCHVISION = Layout(

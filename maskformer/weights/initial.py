@@ -1,6 +1,6 @@
-"""The weights that a training starts from: the published ImageNet ones, or those of any file.
+"""Initial weights of a training: the published ImageNet weights, or those of any file.
 
-Nothing is downloaded here.
+This module downloads nothing.
 """
 
 from pathlib import Path
@@ -18,25 +18,25 @@ from maskformer.weights.reading import Source
 
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 _URLS = {
-    "resnet50": ResNet50_Weights.IMAGENET1K_V1.url,  # what mmdetection names torchvision://resnet50
+    "resnet50": ResNet50_Weights.IMAGENET1K_V1.url,  # torchvision://resnet50 in mmdetection
     "resnet101": ResNet101_Weights.IMAGENET1K_V1.url,
     "swin_t": _SWIN + "swin_tiny_patch4_window7_224.pth",
     "swin_s": _SWIN + "swin_small_patch4_window7_224.pth",
     "swin_b": _SWIN + "swin_base_patch4_window12_384_22k.pth",
     "swin_l": _SWIN + "swin_large_patch4_window12_384_22k.pth",
 }
-"""What the published models started from."""
+"""Where to find the ImageNet weights that the published models started from."""
 
 
 def initial_weights(model: MaskFormer, weights: Source, taxonomy: Taxonomy | None = None) -> LoadReport:
-    """Load a whole MaskFormer or a backbone, of any format that `load` knows, into `model`.
+    """Load a complete MaskFormer or a backbone, in any format that `load` reads, into `model`.
 
     Args:
-        weights: as for `load`, or `imagenet` for torch hub's cache of the published backbone.
+        weights: as for `load`, or `imagenet` for the published backbone in the torch hub cache.
         taxonomy: the classes of the data set, as for `load`.
 
     Raises:
-        ValueError: as for `load`, or the backbone is not whole, or torch hub's cache does not have it.
+        ValueError: as for `load`; or the backbone is incomplete, or not in the torch hub cache.
     """
     source = _imagenet(model.config.backbone) if weights == "imagenet" else weights
     state, report = load(source, model.config, taxonomy)
@@ -54,13 +54,13 @@ def _imagenet(backbone: str) -> Path:
     if backbone not in _URLS:
         raise ValueError(
             f"There are no ImageNet weights for the backbone {backbone!r}. Use --weights none to start from random "
-            f"ones."
+            f"weights."
         )
     url = _URLS[backbone]
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.is_file():
         raise ValueError(
-            f"The ImageNet weights of {backbone} are not at {path}. Fetch {url} and put it there, name another file "
+            f"The ImageNet weights of {backbone} are not at {path}. Download {url} to this path, give another file "
             f"with --weights PATH, or start from random weights with --weights none."
         )
     return path

@@ -1,4 +1,4 @@
-"""From a file of any known format to a state dict of ours, with a report of what was done."""
+"""Load a file of any known format into a native state dict, with a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 from maskformer.config import ModelConfig
 from maskformer.model import build_model
 from maskformer.taxonomy import Taxonomy
-from maskformer.weights.architecture import recognise
+from maskformer.weights.architecture import recognize
 from maskformer.weights.classes import HEAD, move_classes
 from maskformer.weights.description import model_fields
 from maskformer.weights.names import Renamed
@@ -21,22 +21,24 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a file."""
+    """What was done with the tensors of a file."""
 
     source: str
+    """The file, for messages."""
     format: str
+    """Name of the detected layout, such as `mmdet 3.x`."""
     missing: tuple[str, ...]
-    """Ours that the file does not have."""
+    """Tensors of the model that the file does not have."""
     unused: tuple[str, ...]
-    """The file's that are not in the model, such as a classifier or constants."""
+    """Tensors of the file that the model does not have, such as a classifier or constants."""
     reshaped: tuple[str, ...]
-    """Ours whose values were stacked, permuted, or moved to other classes."""
+    """Tensors of the model whose values were stacked, permuted, or moved to other classes."""
     cast: tuple[str, ...]
-    """Ours that have another data type in the file."""
+    """Tensors of the model that have another data type in the file."""
     classes_found: tuple[str, ...] = ()
-    """If classes were moved: those of the data set that the file has."""
+    """If classes were moved: classes of the data set that the file has."""
     classes_new: tuple[str, ...] = ()
-    """If classes were moved: those that it does not have, which start from random weights."""
+    """If classes were moved: classes that the file does not have, which are initialized randomly."""
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.format}"]
@@ -45,21 +47,25 @@ class LoadReport:
             for what, names in (
                 ("missing", self.missing),
                 ("unused", self.unused),
-                ("re-shaped", self.reshaped),
+                ("reshaped", self.reshaped),
                 ("cast to another data type", self.cast),
                 ("classes found by name", self.classes_found),
-                ("classes that start anew", self.classes_new),
+                ("classes initialized randomly", self.classes_new),
             )
             if names
         ]
         return "\n".join(lines)
 
     def require_complete(self) -> None:
-        """Raise ValueError if the model is not whole, which evaluation and conversion need."""
+        """Check that no tensor is missing, as evaluation and conversion require.
+
+        Raises:
+            ValueError: a tensor of the model is missing.
+        """
         if self.missing:
             raise ValueError(
-                f"{self.source} is not a whole model: it lacks {len(self.missing)} tensors, first {self.missing[0]}. "
-                f"Give a checkpoint of the whole MaskFormer."
+                f"{self.source} is not a complete model: it lacks {len(self.missing)} tensors, first "
+                f"{self.missing[0]}. Give a checkpoint of the complete MaskFormer."
             )
 
 
@@ -67,32 +73,32 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
     """Read weights of any known format for a model of `config`.
 
     Args:
-        source: mmdetection's (2.x, 3.x), detectron2's, Hugging Face's or our own checkpoint, or a backbone of
-            torchvision, Swin, timm or detectron2; a path, an open file, a state dict, or what `read` returned.
-        taxonomy: the classes of the data set. If the file has others, its class head is fitted to them by name.
+        source: a checkpoint of mmdetection (2.x, 3.x), detectron2 or Hugging Face, a native one, or a backbone of
+            torchvision, Swin, timm or detectron2; as a path, an open file, a state dict, or the result of `read`.
+        taxonomy: the classes of the data set. If those of the file differ, its class head is fitted by class name.
 
     Returns:
         the state dict, in float32, and a report. A backbone alone gives names under `backbone.` only.
 
     Raises:
-        ValueError: the file cannot be read, holds another network, other classes or tensors that are no weights, or
-            has NaN or infinity.
+        ValueError: the file cannot be read, holds another network, other classes or tensors that are not weights, or
+            contains NaN or infinity.
     """
     if taxonomy is not None and taxonomy.num_classes != config.num_classes:
         raise ValueError(
             f"The model has {config.num_classes} classes, the taxonomy {taxonomy.num_classes}. Set model.num_classes "
-            f"to that of the data set."
+            f"to {taxonomy.num_classes}."
         )
     weights = read(source)
-    layout = recognise(weights)
-    renamed = layout.to_own(weights.tensors, weights.source)
+    layout = recognize(weights)
+    renamed = layout.to_native(weights.tensors, weights.source)
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     heads = model_fields(weights).get("num_heads", config.num_heads)
     if heads != config.num_heads:
         raise ValueError(
-            f"{weights.source} has {heads} attention heads, the configuration {config.num_heads}, which gives other "
-            f"results with the same tensors. Set model.num_heads to {heads}."
+            f"{weights.source} has {heads} attention heads, the configuration {config.num_heads}, which gives "
+            f"different results with the same tensors. Set model.num_heads to {heads}."
         )
     _check_names(weights, renamed, expected, config)
     _check_kinds(weights, renamed, expected)
@@ -103,7 +109,7 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
             renamed = replace(renamed, tensors={**renamed.tensors, **moved.head})
     state, cast = _checked(weights, renamed, expected)
     for name in expected:
-        # Frozen batch norms do not count, and detectron2's have no counter.
+        # Frozen batch norms do not use their counter, and detectron2's have none.
         if name.endswith("num_batches_tracked") and name.replace("num_batches_tracked", "running_var") in state:
             state.setdefault(name, torch.tensor(0))
     reshaped = {*renamed.changed, *(moved.head if moved else ())}
@@ -121,7 +127,7 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
 
 
 def in_classifier(name: str) -> bool:
-    """Tell whether a classifier with our backbone has this tensor too; the norms of Swin's outputs came later."""
+    """Return whether an ImageNet classifier with this backbone has the tensor; it lacks Swin's output norms."""
     return name.startswith("backbone.") and not name.startswith("backbone.norms.")
 
 
@@ -129,10 +135,10 @@ def _check_names(weights: Weights, renamed: Renamed, expected: Mapping[str, Tens
     foreign = [name for name in renamed.tensors if name not in expected]
     if foreign:
         raise ValueError(
-            f"{weights.source} holds another network than the configuration says (backbone {config.backbone}, "
+            f"{weights.source} holds another network than the configuration describes (backbone {config.backbone}, "
             f"encoder_layers {config.encoder_layers}, decoder_layers {config.decoder_layers}): {len(foreign)} of its "
-            f"tensors have no place, first {renamed.foreign[foreign[0]]}. Set the configuration to the file's; "
-            f"maskformer.weights.detect tells it."
+            f"tensors are not in the model, first {renamed.foreign[foreign[0]]}. Set the configuration to the file's; "
+            f"maskformer.weights.detect_config returns it."
         )
     backbone_only = all(name.startswith("backbone.") for name in renamed.tensors)
     missing = [
@@ -145,8 +151,8 @@ def _check_names(weights: Weights, renamed: Renamed, expected: Mapping[str, Tens
     if missing and renamed.unknown:
         raise ValueError(
             f"{weights.source} is of another architecture: it lacks {len(missing)} tensors of the model, first "
-            f"{missing[0]}, and {len(renamed.unknown)} of its own are unknown, first {renamed.unknown[0]}. Give the "
-            f"checkpoint of a MaskFormer."
+            f"{missing[0]}, and {len(renamed.unknown)} of its tensors are unknown, first {renamed.unknown[0]}. Give "
+            f"the checkpoint of a MaskFormer."
         )
 
 
@@ -170,11 +176,11 @@ def _checked(
     for name, tensor in renamed.tensors.items():
         shape, foreign = tuple(expected[name].shape), renamed.foreign[name]
         if tuple(tensor.shape) != shape:
-            advice = "Set the configuration to the file's; maskformer.weights.detect tells it."
+            advice = "Set the configuration to the file's; maskformer.weights.detect_config returns it."
             if name in HEAD:
                 advice = (
                     "The file has other classes than the model: give the taxonomy of the data set to fit them by "
-                    "name, or set model.num_classes to the file's."
+                    "class name, or set model.num_classes to the file's."
                 )
             raise ValueError(
                 f"{weights.source} does not fit the model: its tensor {foreign} has the shape {tuple(tensor.shape)} "
@@ -186,7 +192,7 @@ def _checked(
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{weights.source} is not used: its tensor {foreign} holds NaN or infinity in float32, so the training "
-                f"that wrote it had diverged. Give an earlier checkpoint."
+                f"that wrote it probably diverged. Give an earlier checkpoint."
             )
         state[name] = tensor
     return state, cast

@@ -1,7 +1,7 @@
-"""How the tensor names of another code map to ours, as tables that are read in both directions.
+"""Tables that map the tensor names of another implementation (foreign) to native names, in both directions.
 
-A table is a list of rows `our name <-> its name`. In both, `{}` is an index, the same on both sides, `*` is any rest,
-and the last part (`.weight`, `.running_mean` and so on) is left out because it is the same everywhere.
+A table is a list of rows `native name <-> foreign name`. In both names `{}` is an index, the same on both sides, and
+`*` matches any rest. The last part (`.weight`, `.running_mean` and so on) is omitted because it is the same everywhere.
 """
 
 import re
@@ -26,44 +26,45 @@ def _fill(pattern: str, match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tensor under our name and under the other code's."""
+    """One kind of tensor by its native and its foreign name."""
 
-    own: str
+    native: str
     foreign: str | tuple[str, str, str]
-    """Three names: query, key and value, which are one tensor here."""
+    """The foreign name, or three for query, key and value, which are one native tensor."""
     channel_major: bool = False
-    """The last axis is four pixels of C channels (Swin's patch merging); there the channel counts slowest."""
+    """Whether the foreign last axis is channel-major. It has four pixels of C channels (Swin's patch merging); native
+    tensors are pixel-major."""
     encoder: bool | None = None
-    """The name is for models with (True) or without (False) transformer layers in the pixel decoder."""
+    """Whether the row is for models with (True) or without (False) transformer encoder layers; None: for both."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The other code's names of what is one tensor here."""
+        """The foreign names that make up one native tensor."""
         return (self.foreign,) if isinstance(self.foreign, str) else self.foreign
 
     @property
     def changes(self) -> bool:
-        """Whether the values are laid out in another way there."""
+        """Whether the foreign values have another layout."""
         return self.channel_major or len(self.parts) > 1
 
     @cached_property
-    def own_regex(self) -> re.Pattern[str]:
-        """Matches our names."""
-        return _regex(self.own)
+    def native_regex(self) -> re.Pattern[str]:
+        """Pattern of the native names."""
+        return _regex(self.native)
 
     @cached_property
     def foreign_regexes(self) -> tuple[re.Pattern[str], ...]:
-        """Match the other code's names, one for each part."""
+        """Patterns of the foreign names, one for each part."""
         return tuple(map(_regex, self.parts))
 
-    def to_own(self, parts: Sequence[Tensor]) -> Tensor:
-        """Turn the other code's tensors into ours."""
+    def to_native(self, parts: Sequence[Tensor]) -> Tensor:
+        """Convert the foreign tensors to the native one."""
         if self.channel_major:  # [C, y, x] becomes [x, y, C]
             return parts[0].reshape(*parts[0].shape[:-1], -1, 2, 2).transpose(-1, -3).flatten(-3)
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
     def to_foreign(self, tensor: Tensor) -> list[Tensor]:
-        """Turn our tensor into the other code's; the inverse of `to_own`."""
+        """Convert the native tensor to the foreign ones; the inverse of `to_native`."""
         if self.channel_major:
             return [tensor.reshape(*tensor.shape[:-1], 2, 2, -1).transpose(-1, -3).flatten(-3)]
         return [tensor] if len(self.parts) == 1 else list(tensor.chunk(3))
@@ -71,38 +72,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Renamed:
-    """The tensors of a file under our names."""
+    """The tensors of a file by native name."""
 
     tensors: dict[str, Tensor]
+    """Converted tensors by native name."""
     foreign: dict[str, str]
-    """What the file calls each (the first of three), for messages."""
+    """Foreign name of each native tensor (the first of three), for messages."""
     changed: list[str]
-    """Ours whose values were laid out in another way."""
+    """Native names of tensors whose layout was converted."""
     leftovers: list[str]
-    """The file's that are known not to be weights of the model."""
+    """Foreign names known not to be weights of the model."""
     unknown: list[str]
-    """The file's that no row names."""
+    """Foreign names that no row matches."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of one code."""
+    """The tensor names of one format."""
 
     name: str
+    """Name of the format, for messages."""
     rows: Sequence[Row]
     leftovers: str = r"(?!)"
-    """Finds names, beside those constants of Swin that follow from the size of its window, that are no weights."""
+    """Pattern of names that are not weights, besides the constants that follow from Swin's window size."""
 
-    def knows(self, name: str) -> bool:
-        """Tell whether a row has this foreign name."""
+    def matches(self, name: str) -> bool:
+        """Return whether a row matches this foreign name."""
         return self._find(name) is not None
 
-    def to_own(self, tensors: Mapping[str, Tensor], source: str) -> Renamed:
-        """Rename a file's tensors to ours.
+    def to_native(self, tensors: Mapping[str, Tensor], source: str) -> Renamed:
+        """Convert the tensors of a file to native ones.
 
         Raises:
-            ValueError: of query, key and value some are missing or of other shapes, or two tensors are the same one
-                of ours.
+            ValueError: some of query, key and value are missing or have unequal shapes, or two tensors have the same
+                native name.
         """
         found: dict[str, tuple[Row, dict[int, str]]] = {}
         leftovers: list[str] = []
@@ -110,57 +113,60 @@ class Layout:
         for name in tensors:
             if re.search(rf"relative_position_index$|attn_mask$|{self.leftovers}", name):
                 leftovers.append(name)
-            elif (place := self._find(name)) is None:
+            elif (match := self._find(name)) is None:
                 unknown.append(name)
             else:
-                own, row, part = place
-                names = found.setdefault(own, (row, {}))[1]
+                native, row, part = match
+                names = found.setdefault(native, (row, {}))[1]
                 if part in names:
                     raise ValueError(
-                        f"{source} has {own} twice, as {names[part]} and as {name}. Delete one of them from the file."
+                        f"{source} has {native} twice, as {names[part]} and as {name}. Delete one from the file."
                     )
                 names[part] = name
-        own_tensors: dict[str, Tensor] = {}
-        for own, (row, names) in found.items():
+        native_tensors: dict[str, Tensor] = {}
+        for native, (row, names) in found.items():
             if len(names) < len(row.parts):
                 raise ValueError(
                     f"{source} has {', '.join(names.values())} but not all of query, key and value, which make up "
-                    f"{own}. Give a file that has them."
+                    f"{native}. Give a file that has them."
                 )
             parts = [tensors[names[part]] for part in range(len(names))]
             try:
-                own_tensors[own] = row.to_own(parts)
+                native_tensors[native] = row.to_native(parts)
             except (RuntimeError, IndexError):
                 raise ValueError(
-                    f"{source} does not fit the model: {', '.join(names.values())} cannot become {own} with the "
+                    f"{source} does not fit the model: {', '.join(names.values())} cannot become {native} with the "
                     f"shape {', '.join(str(tuple(part.shape)) for part in parts)}. Give the checkpoint of a MaskFormer."
                 ) from None
         return Renamed(
-            own_tensors,
-            {own: names[0] for own, (_, names) in found.items()},
-            [own for own, (row, _) in found.items() if row.changes],
+            native_tensors,
+            {native: names[0] for native, (_, names) in found.items()},
+            [native for native, (row, _) in found.items() if row.changes],
             leftovers,
             unknown,
         )
 
     def to_foreign(self, tensors: Mapping[str, Tensor], encoder: bool) -> dict[str, Tensor]:
-        """Rename our tensors to the file's. `encoder`: the model has transformer layers in the pixel decoder.
+        """Convert native tensors to foreign ones.
+
+        Args:
+            encoder: whether the model has transformer encoder layers in the pixel decoder.
 
         Raises:
-            ValueError: the other code has no name for one of them.
+            ValueError: the format has no name for one of the tensors.
         """
         renamed: dict[str, Tensor] = {}
-        for own, tensor in tensors.items():
+        for native, tensor in tensors.items():
             for row in self.rows:
-                match = row.own_regex.fullmatch(own) if row.encoder in (None, encoder) else None
+                match = row.native_regex.fullmatch(native) if row.encoder in (None, encoder) else None
                 if match:
                     names = [_fill(part, match) for part in row.parts]
                     renamed.update(zip(names, row.to_foreign(tensor), strict=True))
                     break
             else:
                 raise ValueError(
-                    f"The tensor {own} has no name in {self.name}, so this model cannot be written in that format. "
-                    f"Write it in our own format."
+                    f"The tensor {native} has no name in {self.name}, so this model cannot be written in that format. "
+                    f"Write it in the native format."
                 )
         return renamed
 
@@ -168,5 +174,5 @@ class Layout:
         for row in self.rows:
             for part, regex in enumerate(row.foreign_regexes):
                 if match := regex.fullmatch(name):
-                    return _fill(row.own, match), row, part
+                    return _fill(row.native, match), row, part
         return None

@@ -1,9 +1,9 @@
-"""What a checkpoint's pickle may contain. Everything else is refused, so reading a file never runs code from it.
+"""Restricted readers of pickled checkpoints. They refuse unknown names, so reading a file never runs code from it.
 
-Two readers are fed from here: torch's (`torch.load(weights_only=True)`), which allows tensors and plain values and is
-told of a few more names, and a restricted one for the plain pickles of detectron2's model zoo. A pickle may also call
-what it names, store items in it and set its attributes, and numpy trusts the pointers that it is given; so what
-numpy's names lead to are stand-ins of our own, which become arrays when the whole file is read.
+There are two readers: torch's (`torch.load(weights_only=True)`), which allows tensors, plain values and a few more
+names listed here, and a restricted unpickler for the plain pickles of detectron2's model zoo. A pickle can call the
+objects it names, store items in them and set their attributes, and numpy trusts the pointers in a pickle. Numpy's names
+therefore resolve to stand-ins defined here, which are converted to arrays after the complete file is read.
 """
 
 import io
@@ -23,14 +23,14 @@ from torch._utils import _rebuild_tensor_v2  # pyright: ignore[reportPrivateUsag
 
 
 class RefusedError(ValueError):
-    """The file names a function or class that no checkpoint needs; the message is that name."""
+    """The file names a function or class that no checkpoint needs. The message is this name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name if len(name) <= 100 and name.isprintable() else f"{name[:100]!r}...")
 
 
 class _NumberType:
-    """Stands in for `numpy.dtype`."""
+    """Stand-in for `numpy.dtype`."""
 
     __slots__ = ("_code", "_order")
     _code: object
@@ -42,10 +42,10 @@ class _NumberType:
         return made
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._order = state[1]  # the first is a version, and the rest is about structures
+        self._order = state[1]  # the first item is a version; the rest describes structured types
 
     def to_numpy(self) -> np.dtype[Any]:
-        """Return the data type; ValueError if it is none of numbers."""
+        """Return the data type; ValueError if it is not numeric."""
         code = f"{self._order}{self._code}" if isinstance(self._code, str) and isinstance(self._order, str) else ""
         if not re.fullmatch(r"[<>|=][biuf][1248]", code):
             raise ValueError(f"its numpy data type {code[:20]!r} is not one of numbers in 1 to 8 bytes")
@@ -53,7 +53,7 @@ class _NumberType:
 
 
 class PickledArray:
-    """Stands in for `numpy.ndarray` and numpy's scalars."""
+    """Stand-in for `numpy.ndarray` and numpy's scalars."""
 
     __slots__ = ("_state",)
     _state: Any
@@ -67,38 +67,38 @@ class PickledArray:
         self._state = state
 
     def to_numpy(self) -> npt.NDArray[Any]:
-        """Return the array; ValueError if it is none of numbers, or its bytes are more or fewer than its shape says."""
+        """Return the array; ValueError if it is not numeric, or its number of bytes does not fit its shape."""
         try:
             _, shape, number, is_fortran, data = self._state
             dtype = _NumberType.to_numpy(number)
-            # What Python 2 wrote as bytes is read as Latin-1.
+            # Bytes written by Python 2 are read as a Latin-1 string.
             content = data.encode("latin1") if isinstance(data, str) else memoryview(data)
             sizes = tuple(map(operator.index, shape))
         except (TypeError, AttributeError):
             raise ValueError("it is not an array of numbers") from None
         if min(sizes, default=0) < 0 or math.prod(sizes) * dtype.itemsize != len(content):
-            raise ValueError(f"its {len(content)} bytes are not as many as its shape says")
+            raise ValueError(f"its {len(content)} bytes do not fit its shape")
         return np.reshape(np.frombuffer(content, dtype), sizes, order="F" if is_fortran else "C")
 
 
 class PickledTensor(NamedTuple):
-    """Stands in for a tensor that was pickled without torch.save, which keeps its storage as a file of torch.save's."""
+    """Stand-in for a tensor pickled without torch.save; its storage is embedded in the format of torch.save."""
 
     storage: tuple[Any]
-    """In a tuple, out of the file's reach."""
+    """Wrapped in a tuple, so the file cannot set its attributes."""
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
     def to_torch(self) -> Tensor:
-        """Return the tensor; an Exception of many kinds if it is damaged."""
+        """Return the tensor; raises exceptions of many types if it is damaged."""
         (storage,) = self.storage
         parts = storage, self.offset, self.size, self.stride, False, OrderedDict[str, Any]()
         return cast("Tensor", _rebuild_tensor_v2(*parts))
 
 
 class _HistoryBuffer:
-    """Stands in for mmengine's log of a loss, of which nothing is wanted."""
+    """Stand-in for mmengine's loss log, which is discarded."""
 
     __slots__ = ()
 
@@ -107,7 +107,7 @@ class _HistoryBuffer:
 
 
 class _OrderedDict(dict[Any, Any]):
-    """Stands in for `collections.OrderedDict`, without the attributes that modules give to theirs."""
+    """Stand-in for `collections.OrderedDict`, without the attributes that state dicts carry."""
 
     __slots__ = ()
 
@@ -116,7 +116,7 @@ class _OrderedDict(dict[Any, Any]):
 
 
 def _attribute(*_: object) -> None:
-    """Stand in for `getattr`, by which mmengine's logs name their own methods: reach for nothing."""
+    """Stand-in for `getattr`, with which mmengine's logs refer to their methods; return None."""
 
 
 def _scalar(number: object, data: object = None) -> PickledArray:
@@ -147,7 +147,7 @@ _ARRAYS: dict[str, Callable[..., Any]] = {
     "numpy.ndarray": PickledArray,
     "numpy.dtype": _NumberType,
     **{
-        f"numpy.{package}.{name}": stand_in  # numpy has moved them; files name the old or the new place
+        f"numpy.{package}.{name}": stand_in  # numpy moved these modules; files contain the old or the new name
         for package in ("core", "_core")
         for name, stand_in in {
             "multiarray._reconstruct": PickledArray,
@@ -171,21 +171,21 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 
 
 def load_torch(file: BinaryIO) -> Any:
-    """Read what `torch.save` wrote, in its zip or its older format; arrays stay `PickledArray`.
+    """Read a file written by `torch.save`, in its zip or its legacy format; arrays stay `PickledArray`.
 
     Raises:
         RefusedError: the file holds more than tensors, arrays and plain values.
-        Exception: of many kinds, if the file is damaged.
+        Exception: the file is damaged; exceptions of many types.
     """
     allowed = {**_ARRAYS, **_MMENGINE}
     with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # torch's own text advises to switch the protection off.
+            # The message of torch advises to turn the protection off.
             _, found, after = str(error).partition("GLOBAL ")
             name = after.partition(" ")[0]
-            if not found or name.endswith("."):  # without an end, the file is cut off inside the name
+            if not found or name.endswith("."):  # an unfinished name means that the file is truncated
                 raise
             raise RefusedError(name) from None
         except RuntimeError as error:
@@ -195,7 +195,7 @@ def load_torch(file: BinaryIO) -> Any:
 
 
 class _Name(tuple[Callable[..., Any]]):
-    """What a plain pickle gets for a name that it may call: a tuple, whose attributes cannot be set."""
+    """Wrapper of an allowed callable in a plain pickle; a tuple, because its attributes cannot be set."""
 
     __slots__ = ()
 
@@ -212,10 +212,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(file: BinaryIO) -> Any:
-    """Read a plain pickle, as detectron2's model zoo has them; arrays and tensors stay `Pickled...`.
+    """Read a plain pickle, as in detectron2's model zoo; arrays and tensors stay `PickledArray` and `PickledTensor`.
 
     Raises:
         RefusedError: the file holds more than tensors, arrays and plain values.
-        Exception: of many kinds, if the file is damaged.
+        Exception: the file is damaged; exceptions of many types.
     """
-    return _Unpickler(file, encoding="latin1").load()  # the older ones were written by Python 2
+    return _Unpickler(file, encoding="latin1").load()  # the older files were written by Python 2

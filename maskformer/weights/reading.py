@@ -1,4 +1,4 @@
-"""Read a checkpoint of any format, told by its content, without running code from it."""
+"""Read a checkpoint of any format, detected from its content, without running code from it."""
 
 import json
 import pickle
@@ -19,40 +19,41 @@ from maskformer.weights.pickles import PickledArray, PickledTensor, RefusedError
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, pickled
-_LARGEST_HEADER = 100_000_000  # of a safetensors file, by its definition
+_LARGEST_HEADER = 100_000_000  # of a safetensors file, by its specification
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What a folder of ours or of Hugging Face's has; an index lists the files that a large model is split into."""
+"""Files of weights in a native folder or one of Hugging Face. An index lists the shards of a large model."""
 _WRAPPER = "module."
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file by the names of whoever wrote them, and what the file says about them."""
+    """The tensors of a file by their names in the file, and its metadata."""
 
     source: str
     """The file, for messages."""
     tensors: dict[str, Tensor]
+    """Tensors by their name in the file."""
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """`config.json` beside the file or our metadata in it, or the `meta` of OpenMMLab's files."""
+    """`config.json` next to the file, the metadata inside a native file, or `meta` of an OpenMMLab file."""
 
 
 Source = str | Path | BinaryIO | Mapping[str, Tensor] | Weights
-"""A path, an open file (whose `name` goes into messages), a state dict, or what `read` returned."""
+"""A path, an open file (whose `name` appears in messages), a state dict, or the result of `read`."""
 
 
 def read(source: Source) -> Weights:
     """Read tensors by name from `torch.save`, a detectron2 pickle, safetensors, or a folder with `config.json`.
 
-    Where all names begin with `module.`, as in a checkpoint of torch's DistributedDataParallel, that is taken off.
+    If all names begin with `module.`, as in a checkpoint of torch's DistributedDataParallel, this prefix is removed.
 
     Raises:
-        ValueError: there is no such file, it is damaged, of no known format, holds more than data, or is a URI; or
-            one of its tensors is not dense or has a data type that torch does not know.
+        ValueError: the file does not exist, is damaged, has an unknown format, holds more than data, or is a URI; or
+            one of its tensors is not dense or has a data type that torch does not support.
     """
     if isinstance(source, Weights):
         return source
@@ -61,7 +62,9 @@ def read(source: Source) -> Weights:
     if not isinstance(source, str | Path):
         return _read_file(source, str(getattr(source, "name", "The file")))
     if "://" in str(source):
-        raise ValueError(f"Weights are read from a file here, got the URI {source}. Give an open file of its content.")
+        raise ValueError(
+            f"Weights are read from local files, got the URI {source}. Give an open file with its content."
+        )
     path = Path(source)
     try:
         if path.is_dir():
@@ -76,15 +79,15 @@ def read(source: Source) -> Weights:
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}. Give the path of a checkpoint.") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}. Give a checkpoint that can be.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Give a readable checkpoint.") from error
 
 
 def _read_folder(folder: Path) -> Weights:
     name = next((name for name in _FOLDER_FILES if (folder / name).is_file()), None)
     if name is None:
         raise ValueError(
-            f"The folder {folder} holds no checkpoint: it has none of {', '.join(_FOLDER_FILES)}. Give a folder as "
-            f"save_pretrained writes it, one of our checkpoints/step_* folders, or a file."
+            f"The folder {folder} holds no checkpoint: it has none of {', '.join(_FOLDER_FILES)}. Give a folder "
+            f"written by save_pretrained, a checkpoints/step_* folder of a run, or a file."
         )
     return read(folder / name)
 
@@ -94,13 +97,13 @@ def _read_index(path: Path) -> Weights:
     files = set(names.values()) if _is_dict(names) else set[Any]()
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise ValueError(
-            f"{path} is no index of a model: its weight_map must name a file of the same folder for each tensor. Copy "
-            f"or download it again."
+            f"{path} is not the index of a model: its weight_map must name a file of the same folder for each tensor. "
+            f"Copy or download it again."
         )
     tensors: dict[str, Tensor] = {}
     for part in (path.with_name(file) for file in sorted(files)):
         if not part.is_file():
-            raise ValueError(f"There is no file {part}, which the index {path} names. Copy or download it too.")
+            raise ValueError(f"There is no file {part}, which the index {path} lists. Copy or download it too.")
         with part.open("rb") as file:
             tensors.update(_read_file(file, str(part)).tensors)
     config = path.with_name("config.json")
@@ -121,30 +124,30 @@ def _read_file(file: BinaryIO, name: str) -> Weights:
             content = None
     except RefusedError as error:
         raise ValueError(
-            f"{name} is not opened: beside tensors it holds {error}, which could run code. Give a file of weights "
-            f"alone: save the model's state_dict() with torch.save, or as safetensors."
+            f"{name} is not opened: besides tensors it holds {error}, which could run code. Give a file of weights "
+            f"only: save the model's state_dict() with torch.save, or as safetensors."
         ) from error
-    except Exception as error:  # each library has many names for what it cannot read
+    except Exception as error:  # each library raises many types for a file that it cannot read
         reason = textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 300, placeholder=" ...")
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch the protection off
-            reason = "its pickle is not one of plain data"
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to turn the protection off
+            reason = "its pickle holds more than plain data"
         raise ValueError(
-            f"{name} is damaged, cut short, or not a file of weights alone ({reason}). Copy or download it again and "
+            f"{name} is damaged, truncated, or not a file of weights only ({reason}). Copy or download it again and "
             f"compare the sizes."
         ) from error
     if content is None:
-        raise ValueError(f"{name} {_what_else(head)} Give a checkpoint: .pth, .pt, .bin, .pkl or .safetensors.")
+        raise ValueError(f"{name} {_describe_unknown(head)} Give a checkpoint: .pth, .pt, .bin, .pkl or .safetensors.")
     return _unwrap(content, name)
 
 
-def _what_else(head: bytes) -> str:
+def _describe_unknown(head: bytes) -> str:
     if not head:
         return "is empty."
     if head.lstrip().startswith(b"<"):
-        return "is a web page, not a checkpoint: the download failed. Open the address in a browser to see why."
+        return "is a web page, not a checkpoint: the download failed. Open the URL in a browser to see why."
     if head.startswith(b"version https://git-lfs"):
-        return "is only a pointer to a file kept by git-lfs. Run `git lfs pull` where it came from."
-    return f"is of an unknown format: it begins with {head[:8]!r}."
+        return "is only a pointer to a file in git-lfs. Run `git lfs pull` in its repository."
+    return f"has an unknown format: it begins with {head[:8]!r}."
 
 
 def _load_safetensors(data: bytes) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def _unwrap(content: Any, name: str) -> Weights:
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    # torch lets a file give its dictionaries attributes, `items` and `get` among them.
+    # A file can set attributes of the dictionaries that torch reads, such as `items` and `get`.
     return dict(dict[str, Any].items(content))
 
 
@@ -202,22 +205,22 @@ def _as_tensor(value: object, key: object, name: str) -> Tensor | None:
         if isinstance(value, PickledTensor):
             value = value.to_torch()
         if _is_array(value):
-            native = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy, in this machine's byte order
-            value = torch.from_numpy(native)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
-    except Exception as error:  # of numpy's and torch's many kinds
+            array = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy in this machine's byte order
+            value = torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
+    except Exception as error:  # numpy and torch raise many types
         raise ValueError(
             f"{name} is not used: its tensor {_shown(key)} cannot be read ({error}). Save it in float32."
         ) from error
     if not isinstance(value, Tensor):
         return None
     if not isinstance(key, str) or not key.isprintable():
-        raise ValueError(f"{name} is not used: the key {_shown(key)} of a tensor is no name. Give a state dict.")
+        raise ValueError(f"{name} is not used: the key {_shown(key)} of a tensor is not a name. Give a state dict.")
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         raise ValueError(
-            f"{name} is not used: its tensor {_shown(key)} is sparse, quantised or nested. Save it as a dense one in "
+            f"{name} is not used: its tensor {_shown(key)} is sparse, quantized or nested. Save it as a dense one in "
             f"float32."
         )
-    return Tensor.detach(value)  # its own might be the file's
+    return Tensor.detach(value)  # value.detach might be an attribute set by the file
 
 
 def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""From a model of ours to a file or folder that another code loads."""
+"""Save a model in the native format or in that of mmdetection or transformers."""
 
 import filecmp
 import json
@@ -6,34 +6,36 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from maskformer.config import WeightFormat
 from maskformer.model import MaskFormer
 from maskformer.taxonomy import COCO, Taxonomy
 from maskformer.weights.description import describe
 from maskformer.weights.huggingface import HUGGINGFACE, constants, model_json, processor_json
 from maskformer.weights.mmdet import MMDET_2, MMDET_3
 
-Format = Literal["own", "mmdet", "mmdet2", "huggingface"]
-"""safetensors with our names, mmdetection 3.x or 2.x (.pth), or a folder for transformers' `from_pretrained`."""
 
-
-def save(model: MaskFormer, path: str | Path, format: Format = "own", taxonomy: Taxonomy | None = None) -> None:
-    """Write a model to `path`, which appears only when it is whole.
+def save(
+    model: MaskFormer, path: str | Path, format: WeightFormat = "native", taxonomy: Taxonomy | None = None
+) -> None:
+    """Write a model to `path`, which appears only when it is complete.
 
     Args:
-        taxonomy: the classes, whose names are written too; None for COCO's if there are as many, or else no names.
+        format: the file format; `huggingface` writes a folder, the others a file.
+        taxonomy: the classes, whose names are written too. None uses COCO's if the number of classes is equal, else no
+            names.
 
     Raises:
-        ValueError: the format is unknown or has no such model, the taxonomy has other classes, or
-            there is something else at `path`.
+        ValueError: the format is unknown or cannot represent the model, the taxonomy has another number of classes, or
+            `path` exists with other content.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"There is no format {format!r} to write. Use one of {', '.join(get_args(Format))}.")
+    if format not in get_args(WeightFormat):
+        raise ValueError(f"There is no format {format!r} to write. Use one of {', '.join(get_args(WeightFormat))}.")
     path = Path(path)
     config = model.config
     if taxonomy is None and config.num_classes == COCO.num_classes:
@@ -50,7 +52,7 @@ def save(model: MaskFormer, path: str | Path, format: Format = "own", taxonomy: 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if format == "own":
+        if format == "native":
             _save_safetensors(state, part, {"maskformer": json.dumps(describe(config, taxonomy))})
         elif format == "mmdet":
             meta = {"dataset_meta": {"classes": names}} if names else {}
@@ -75,11 +77,11 @@ def save(model: MaskFormer, path: str | Path, format: Format = "own", taxonomy: 
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    safetensors.torch.save_file(tensors, path, metadata)  # pyright: ignore[reportUnknownMemberType]  # a PathLike of what
+    safetensors.torch.save_file(tensors, path, metadata)  # pyright: ignore[reportUnknownMemberType]  # PathLike without its type argument
 
 
 def _save_torch(content: dict[str, Any], part: Path) -> None:
-    # Given a path, torch would put the file's name into it, and equal models would not be equal files.
+    # Given a path, torch would store the file name, and files of equal models would differ.
     with part.open("wb") as file:
         torch.save(content, file)
 
@@ -88,7 +90,7 @@ def _put_in_place(part: Path, path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         if _same(part, path):
             return
-        raise ValueError(f"There is something else at {path} already. Name another output, or delete it.")
+        raise ValueError(f"{path} already exists with other content. Choose another output, or delete it.")
     part.replace(path)
 
 
@@ -104,7 +106,7 @@ def _same(part: Path, path: Path) -> bool:
 
 
 def _window_constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return Swin's relative position indices, which the other codes keep among their weights."""
+    """Return Swin's relative position indices, which other implementations store with their weights."""
     indices: dict[str, Tensor] = {}
     for name, table in state.items():
         if name.endswith("relative_position_bias_table"):

@@ -1,7 +1,7 @@
-"""Arrow batch -> padded PanopticBatch -> what the model and the criterion take.
+"""From an Arrow table of samples to a padded PanopticBatch, and from it to the inputs of model and criterion.
 
-B images, H W padded size, N segments. Images stay uint8 and masks stay one index plane until they are on the
-training device.
+B images, H W padded size, N segments. Images stay uint8, and masks stay one index map per image, until they are on
+the training device.
 """
 
 from dataclasses import dataclass, replace
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from maskformer import Targets
-from maskformer.inference import normalise
+from maskformer.preprocess import normalize
 from pipelines.data.schema import AUGMENTED, require
 
 
 @dataclass(frozen=True)
 class PanopticBatch:
-    """A micro-batch, padded at the right and the bottom to its largest image."""
+    """A micro-batch, padded on the right and at the bottom to its largest height and width."""
 
     images: Tensor
     """[B, 3, H, W] uint8, RGB, 0 in the padding."""
     index_maps: Tensor
-    """[B, H, W] int32: 0 is void, crowd or padding, k the image's k-th segment."""
+    """[B, H, W] int32: 0 is void, crowd or padding, k is the image's k-th segment."""
     sizes: tuple[tuple[int, int], ...]
-    """Valid height and width of each image."""
+    """Height and width of each image without the padding."""
     classes: tuple[Tensor, ...]
-    """[N] int64 for each image."""
+    """[N] int64 for each image: class index of each segment."""
     positions: tuple[int, ...]
     epochs: tuple[int, ...]
     image_ids: tuple[int, ...]
@@ -44,10 +44,10 @@ class PanopticBatch:
         height, width = max(row["height"] for row in rows), max(row["width"] for row in rows)
         images = np.zeros((len(rows), height, width, 3), np.uint8)
         index_maps = np.zeros((len(rows), height, width), np.int32)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             h, w = row["height"], row["width"]
-            images[place, :h, :w] = np.frombuffer(row["image"], np.uint8).reshape(h, w, 3)
-            index_maps[place, :h, :w] = np.frombuffer(row["index_map"], "<u2").reshape(h, w)
+            images[index, :h, :w] = np.frombuffer(row["image"], np.uint8).reshape(h, w, 3)
+            index_maps[index, :h, :w] = np.frombuffer(row["index_map"], "<u2").reshape(h, w)
         return cls(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             index_maps=torch.from_numpy(index_maps),
@@ -68,17 +68,18 @@ class PanopticBatch:
         )
 
     def num_masks(self, num_queries: int) -> int:
-        """Count the masks that will be matched: an image has at most `num_queries`."""
+        """Count the masks that can be matched: at most `num_queries` per image."""
         return sum(min(len(classes), num_queries) for classes in self.classes)
 
     def inputs(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Tensor, Tensor | None]:
-        """Return the model's inputs: normalised images with 0 in the padding, and the padding or None.
+        """Return the model's inputs: normalized images with 0 in the padding, and the padding mask.
 
-        Shapes: [B, 3, H, W] float32 and [B, H, W] bool, True outside the image.
+        Returns:
+            [B, 3, H, W] float32, and [B, H, W] bool, True in the padding, or None if no image is padded.
         """
         height, width = self.images.shape[-2:]
         padding = padding_mask(self.sizes, (height, width), self.images.device)
-        images = normalise(self.images, mean, std)
+        images = normalize(self.images, mean, std)
         return (images if padding is None else images.masked_fill_(padding[:, None], 0.0)), padding
 
     def targets(self) -> list[Targets]:
@@ -87,10 +88,13 @@ class PanopticBatch:
 
 
 def padding_mask(sizes: tuple[tuple[int, int], ...], padded: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Return [B, H, W] bool, True outside each image; None if no image is padded."""
+    """Return the padding mask of images of the given sizes: [B, H, W] bool, True in the padding.
+
+    None if no image is padded.
+    """
     if all(size == padded for size in sizes):
         return None
     mask = torch.ones(len(sizes), *padded, dtype=torch.bool, device=device)
-    for place, (height, width) in enumerate(sizes):
-        mask[place, :height, :width] = False
+    for index, (height, width) in enumerate(sizes):
+        mask[index, :height, :width] = False
     return mask

@@ -1,6 +1,6 @@
-"""COCO's panoptic format on disk (cocodataset.org/#format-data, 4): one JSON, and an image and a PNG per image.
+"""COCO's panoptic format on disk (cocodataset.org/#format-data, 4): one JSON, and one PNG for each image.
 
-Finds the parts, reads the JSON and checks everything that it can tell; no picture is opened and nothing is written.
+Finds the files, reads the JSON and checks all that needs no pixels; no image is opened and nothing is written.
 """
 
 import json
@@ -16,7 +16,7 @@ from pipelines.storage import Location, locate, sha256
 
 @dataclass(frozen=True, kw_only=True)
 class CocoLayout:
-    """The places of one split of a data set."""
+    """Locations of the files of one split of a data set."""
 
     split: str
     images: Location
@@ -32,34 +32,42 @@ class CocoLayout:
         annotations: str | None = None,
         panoptic: str | None = None,
     ) -> "CocoLayout":
-        """Find the parts of `split` under `folder`: `{split}/`, `annotations/panoptic_{split}.json`, and the PNGs.
+        """Find the images, the annotation JSON and the panoptic PNGs of a split.
 
-        The PNGs lie in `annotations/panoptic_{split}/` or `panoptic_{split}/`. Each part can be given instead.
+        Args:
+            folder: the data set's folder.
+            split: name of the split, such as train2017.
+            images: folder of the images, `{split}/` by default.
+            annotations: the panoptic JSON, `annotations/panoptic_{split}.json` by default.
+            panoptic: folder of the PNGs, by default `annotations/panoptic_{split}/` or `panoptic_{split}/`.
 
         Raises:
-            UserError: a part is not there.
+            UserError: one of them does not exist.
         """
         root = locate(folder)
         if not root.is_dir():
             raise UserError(
-                f"There is no folder {root}; give the data set's folder, the one that holds {split}/ and annotations/."
+                f"There is no folder {root}; give the data set's folder, which contains {split}/ and annotations/."
             )
-        beside = root / "annotations"
-        table = locate(annotations) if annotations is not None else beside / f"panoptic_{split}.json"
-        if not table.exists() or table.is_dir():
-            raise UserError(f"There is no annotation file {table}; check --split, or name the file with --annotations.")
+        default = root / "annotations"
+        file = locate(annotations) if annotations is not None else default / f"panoptic_{split}.json"
+        if not file.exists() or file.is_dir():
+            raise UserError(f"There is no annotation file {file}; check --split, or name the file with --annotations.")
         return cls(
             split=split,
             images=_folder(images, [root / split], "images", "--images"),
-            annotations=table,
+            annotations=file,
             panoptic=_folder(
-                panoptic, [beside / f"panoptic_{split}", root / f"panoptic_{split}"], "panoptic PNGs", "--panoptic"
+                panoptic,
+                [default / f"panoptic_{split}", root / f"panoptic_{split}"],
+                "panoptic PNGs",
+                "--panoptic",
             ),
         )
 
 
 class Segment(TypedDict):
-    """A segment as packed rows hold it."""
+    """A segment as stored in packed rows."""
 
     id: int
     category_id: int
@@ -67,7 +75,7 @@ class Segment(TypedDict):
 
 
 class AnnotatedSegment(Segment, total=False):
-    """A segment as the JSON has it; what is derived from the pixels may be absent, and is only ever checked."""
+    """A segment as in the JSON. What is derived from the pixels is optional, and is checked but not used."""
 
     area: int
     bbox: list[float]
@@ -75,7 +83,7 @@ class AnnotatedSegment(Segment, total=False):
 
 @dataclass(frozen=True)
 class Record:
-    """One annotated image. File names are relative to the layout's folders; sizes in pixels."""
+    """One annotated image. File names are relative to the layout's folders; sizes are in pixels."""
 
     image_id: int
     image_file: str
@@ -87,7 +95,7 @@ class Record:
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """What the JSON says. The records stand in ascending image id; every file they name was there."""
+    """The content of the annotation JSON. Records are in ascending image id, and every file they name exists."""
 
     layout: CocoLayout
     taxonomy: Taxonomy
@@ -96,10 +104,10 @@ class CocoDataset:
 
 
 def read_coco(layout: CocoLayout) -> CocoDataset:
-    """Read the annotation JSON and check all that it can tell without opening a picture.
+    """Read the annotation JSON and check all that needs no pixels.
 
     Raises:
-        UserError: it is no COCO panoptic JSON, is empty or contradicts itself, or a file it names is missing.
+        UserError: it is not a COCO panoptic JSON, has no images, is inconsistent, or names a missing file.
     """
     try:
         content = layout.annotations.read_bytes()
@@ -108,7 +116,7 @@ def read_coco(layout: CocoLayout) -> CocoDataset:
     document = _parse(content, layout.annotations)
     images, annotations = document["images"], document["annotations"]
     if not images:
-        raise UserError(f"{layout.annotations} holds no image; give the annotations of another split.")
+        raise UserError(f"{layout.annotations} holds no images; give the annotations of another split.")
     try:
         taxonomy = Taxonomy.from_coco(document["categories"])
     except (TypeError, ValueError) as error:
@@ -133,36 +141,36 @@ def _folder(given: str | None, candidates: list[Location], what: str, flag: str)
         parent, archive = folder.uri.removesuffix(f"/{folder.name}"), f"{folder.uri}.zip"
         if locate(archive).exists():
             raise UserError(
-                f"The {what} are still packed in {archive} and the folder {folder} is not there; unpack them with "
+                f"There is no folder {folder}, but the {what} are in {archive}; unpack them with "
                 f"`unzip -q {archive} -d {parent}` and run this again."
             )
-    places = " or ".join(map(str, candidates))
-    raise UserError(f"There is no folder of {what} at {places}; put it there, or name the folder with {flag}.")
+    locations = " or ".join(map(str, candidates))
+    raise UserError(f"There is no folder of {what} at {locations}; create it, or name the folder with {flag}.")
 
 
-def _parse(content: bytes, where: Location) -> dict[str, Any]:
+def _parse(content: bytes, file: Location) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            f"it may be cut short, download or write it again."
+            f"{file} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"it may be truncated, so download or write it again."
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not a JSON text ({error.reason}); give a COCO panoptic JSON file.") from error
+        raise UserError(f"{file} is not a JSON text ({error.reason}); give a COCO panoptic JSON file.") from error
     keys = ("images", "annotations", "categories")
     missing = [key for key in keys if not isinstance(document, dict) or not isinstance(document.get(key), list)]
     if missing:
         found = sorted(document) if isinstance(document, dict) else f"a {type(document).__name__}"
         raise UserError(
-            f"{where} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got {found}; "
+            f"{file} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got {found}; "
             f"give a file such as panoptic_val2017.json."
         )
     annotations = document["annotations"]
     if annotations and isinstance(annotations[0], dict) and "segments_info" not in annotations[0]:
-        kind = "instances (detection)" if "segmentation" in annotations[0] else "another kind of"
+        kind = "instances (detection)" if "segmentation" in annotations[0] else "other"
         raise UserError(
-            f"{where} holds {kind} annotations, without segments_info; give the panoptic file of the same split, "
+            f"{file} has {kind} annotations, without segments_info; give the panoptic file of the same split, "
             f"such as panoptic_val2017.json, with --annotations."
         )
     return document
@@ -174,8 +182,8 @@ def _by_image(entries: list[Any], key: str, part: str, layout: CocoLayout) -> di
     if len(entry_of) < len(entries):
         repeated = [image_id for image_id, count in Counter(entry[key] for entry in entries).items() if count > 1]
         raise UserError(
-            f"The image id {repeated[0]} occurs more than once in the {where} ({len(repeated)} such ids in all); "
-            f"give every image its own id and one annotation."
+            f"The image id {repeated[0]} occurs more than once in the {where} ({len(repeated)} such ids in total); "
+            f"give each image a unique id and one annotation."
         )
     return entry_of
 
@@ -187,14 +195,14 @@ def _join(
         if image_id not in images:
             raise UserError(
                 f"The annotation {entry.get('file_name')} of image {image_id} has no entry in the images of "
-                f"{layout.annotations} ({len(annotations.keys() - images.keys())} such annotations in all); "
-                f"add the image entries or drop the annotations."
+                f"{layout.annotations} ({len(annotations.keys() - images.keys())} such annotations in total); "
+                f"add the image entries or remove the annotations."
             )
     for image_id, entry in images.items():
         if image_id not in annotations:
             raise UserError(
                 f"The image {entry.get('file_name')}, id {image_id}, has no annotation in {layout.annotations} "
-                f"({len(images.keys() - annotations.keys())} such images in all); add the annotations or drop the "
+                f"({len(images.keys() - annotations.keys())} such images in total); add the annotations or remove the "
                 f"image entries."
             )
     return tuple(_record(images[image_id], annotations[image_id], image_id, layout) for image_id in sorted(images))
@@ -245,15 +253,15 @@ def _require_categories(records: Sequence[Record], taxonomy: Taxonomy, layout: C
         raise UserError(
             f"Segment {segment['id']} of {record.panoptic_file}, image {record.image_id}, has category "
             f"{segment['category_id']}, which is not among the categories of {layout.annotations} ({len(unknown)} such "
-            f"segments in all); add the category or correct the segment."
+            f"segments in total); add the category or correct the segment."
         )
 
 
 def _require_files(folder: Location, image_of: Mapping[str, int], what: str, flag: str) -> None:
-    there = set(folder.names())
-    missing = [name for name in image_of if name not in there]
+    existing = set(folder.names())
+    missing = [name for name in image_of if name not in existing]
     if missing:
         raise UserError(
             f"{folder / missing[0]}, for image {image_of[missing[0]]}, does not exist ({len(missing)} of "
-            f"{len(image_of)} {what} are missing in all); add the files, or name their folder with {flag}."
+            f"{len(image_of)} {what} are missing in total); add the files, or name their folder with {flag}."
         )

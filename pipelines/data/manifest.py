@@ -1,13 +1,13 @@
-"""What a packed data set is: a folder with a manifest, and how to read it.
+"""The packed data set ("pack"): a folder of shards with a manifest, and how to open it.
 
-pack.json             what is being packed, and the shards that are done
+pack.json             the input of the pack, and the shards written so far
 shard-00000.parquet   PACKED rows in ascending image id
 index.parquet         INDEX, one row per image
-manifest.json         hashes of all this; written last, so a folder without it is no pack
+manifest.json         hashes of these files; written last, so a folder without it is not a complete pack
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ STATE_FILE, INDEX_FILE, MANIFEST_FILE = "pack.json", "index.parquet", "manifest.
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFile:
-    """A file of a pack, as it was when written."""
+    """Size and hash of a file of a pack."""
 
     file: str
     rows: int
@@ -34,39 +34,39 @@ class PackedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete pack holds."""
+    """Contents of a complete pack."""
 
     taxonomy: Taxonomy
     num_images: int
     num_segments: int
-    """Crowds not counted."""
+    """Segments, not counting crowds."""
     num_things: int
-    """Segments of thing classes, crowds not counted."""
+    """Segments of thing classes, not counting crowds."""
     shards: tuple[PackedFile, ...]
     index: PackedFile
     fingerprint: str
-    """Of the input: equal fingerprints give equal packs."""
+    """Hash of the input: equal fingerprints give equal packs."""
     data_hash: str
-    """Of the manifest, and so of every byte of the pack: runs on equal hashes saw equal data."""
+    """Hash of the manifest, which has the hashes of all other files: equal data hashes mean equal data."""
 
 
 def read_manifest(location: Location) -> Manifest:
-    """Read what the pack at `location` holds.
+    """Read the manifest of the pack at `location`.
 
     Raises:
-        UserError: there is no pack, it is not complete, or it was written by another version.
+        UserError: there is no pack, it is not complete, or another version wrote it.
     """
     file = location / MANIFEST_FILE
     if not file.exists():
         if (location / STATE_FILE).exists():
-            raise UserError(f"The pack {location} is not complete; run the prepare_data.py that began it again.")
+            raise UserError(f"The pack {location} is not complete; run prepare_data.py again with the same arguments.")
         raise UserError(f"There is no pack at {location}; give the output folder of prepare_data.py.")
     content = file.read_bytes()
     try:
         found = json.loads(content)
         if found["version"] != VERSION:
             raise UserError(
-                f"The pack {location} has version {found['version']}, this program reads version {VERSION}; "
+                f"The pack {location} has version {found['version']}, and this program reads version {VERSION}; "
                 f"pack the data set again with this version of prepare_data.py."
             )
         return Manifest(
@@ -89,13 +89,13 @@ def read_index(location: Location, manifest: Manifest) -> pa.Table:
     """Read the INDEX table of the pack at `location`.
 
     Raises:
-        UserError: the file is missing, or is not the one that the manifest names.
+        UserError: the file is missing or does not match the manifest.
     """
     file = location / manifest.index.file
     content = file.read_bytes() if file.exists() else b""
     if sha256(content) != manifest.index.sha256:
         raise UserError(
-            f"{file} is {'damaged' if content else 'missing'}: it is not the file that the manifest names. "
+            f"{file} is {'damaged' if content else 'missing'}: it does not have the hash in the manifest. "
             f"Delete the pack {location} and pack the data set again."
         )
     table = pq.read_table(pa.BufferReader(content))
@@ -105,7 +105,7 @@ def read_index(location: Location, manifest: Manifest) -> pa.Table:
 
 @dataclass(frozen=True)
 class PackedSet:
-    """The images of a pack that a job works on."""
+    """The images of an opened pack that a job uses. It is opened once, and can be sent to other processes."""
 
     uri: str
     shards: tuple[str, ...]
@@ -113,45 +113,60 @@ class PackedSet:
     data_hash: str
     image_ids: np.ndarray
     shard: np.ndarray
+    """[N] index of each image's shard in `shards`."""
     row: np.ndarray
-    num_left_out: int
+    """[N] row of each image in its shard."""
+    num_things: np.ndarray
+    """[N] segments of thing classes in each image, not counting crowds."""
+    num_left_out: int = 0
+    """Number of images that `with_things` removed."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def with_things(self) -> "PackedSet":
+        """Return the images that have a thing other than a crowd.
+
+        Raises:
+            UserError: there are none.
+        """
+        kept = np.flatnonzero(self.num_things > 0)
+        if not len(kept):
+            raise UserError(
+                f"No image of {self.uri} can be used: none of its {len(self)} images has a thing other than a crowd. "
+                f"Use --data.no-require-thing to train on stuff alone."
+            )
+        return replace(self.take(kept), num_left_out=len(self) - len(kept))
+
     def subset(self, count: int) -> "PackedSet":
-        """Return `count` images spread evenly over the set; always the same ones."""
+        """Return `count` images, evenly spaced in the set and always the same; all images if there are fewer."""
         return self.take(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
 
-    def take(self, places: np.ndarray) -> "PackedSet":
-        """Return the images at `places`, in that order."""
-        fields = {**vars(self), "image_ids": self.image_ids[places]}
-        return PackedSet(**{**fields, "shard": self.shard[places], "row": self.row[places]})
+    def take(self, indices: np.ndarray) -> "PackedSet":
+        """Return the images at `indices`, in that order."""
+        names = ("image_ids", "shard", "row", "num_things")
+        return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
 
-def open_pack(uri: str, require_thing: bool = False) -> PackedSet:
-    """Open a pack; with `require_thing`, leave out images without a thing that is not a crowd.
+def open_pack(uri: str) -> PackedSet:
+    """Open a pack with all its images.
 
     Raises:
-        UserError: there is no complete pack, or no image is left.
+        UserError: there is no complete pack, or it has no images.
     """
     uri = absolute(uri)
     location = locate(uri)
     manifest = read_manifest(location)
     index = read_index(location, manifest)
-    kept = index["num_things"].to_numpy() > 0 if require_thing else np.ones(len(index), bool)
-    if not kept.any():
-        raise UserError(
-            f"No image of {uri} can be used: {len(index)} images, none with a thing that is not a crowd. "
-            f"Use --data.no-require-thing to train on stuff alone."
-        )
+    if not len(index):
+        raise UserError(f"The pack {uri} has no images. Pack a data set that has some.")
     return PackedSet(
         uri=uri,
         shards=tuple(str(location / shard.file) for shard in manifest.shards),
         taxonomy=manifest.taxonomy,
         data_hash=manifest.data_hash,
-        image_ids=index["image_id"].to_numpy()[kept],
-        shard=index["shard"].to_numpy()[kept],
-        row=index["row"].to_numpy()[kept],
-        num_left_out=int((~kept).sum()),
+        image_ids=index["image_id"].to_numpy(),
+        shard=index["shard"].to_numpy(),
+        row=index["row"].to_numpy(),
+        num_things=index["num_things"].to_numpy(),
     )

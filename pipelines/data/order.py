@@ -1,9 +1,9 @@
-"""Which sample stands where: a pure function of (seed, position) that knows nothing of workers or timing.
+"""The order of samples: a pure function of (seed, position), independent of the number of workers and of timing.
 
-The training sequence is endless: epoch after epoch, each a permutation of all N samples. Global step s
-takes the positions [s*G, (s+1)*G) of it, so a batch may straddle two epochs and nothing is dropped or
-repeated. A step's positions are cut into micro-batches of fixed size, dealt to the workers in turn; the
-number of workers changes who computes a micro-batch, never what is in it.
+The training sequence is infinite: one epoch after another, each a permutation of all N samples. Global step s
+uses its positions [s*G, (s+1)*G), so a batch may span two epochs and no sample is dropped or repeated. The
+positions of a step are split into micro-batches of fixed size, which are assigned to the workers in turn. The
+number of workers changes which worker computes a micro-batch, never its content.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from pipelines.errors import UserError
 
 def samples_at(positions: np.ndarray, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the epoch and the sample index, in 0..num_samples-1, of each position (int64 arrays)."""
-    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
-    samples = np.empty_like(places)
+    epochs, indices = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+    samples = np.empty_like(indices)
     for epoch in np.unique(epochs):
         of_epoch = epochs == epoch
-        samples[of_epoch] = permutation(num_samples, seed, int(epoch))[places[of_epoch]]
+        samples[of_epoch] = permutation(num_samples, seed, int(epoch))[indices[of_epoch]]
     return epochs, samples
 
 
 @lru_cache(maxsize=2)
 def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return epoch `epoch`'s order of the samples.
+    """Return the order of the samples in an epoch.
 
-    Sorts by a hash (splitmix64's finaliser) instead of asking NumPy's generator, whose streams may change
-    between releases: a run must be able to go on after an upgrade.
+    The samples are sorted by a hash (splitmix64's finalizer). NumPy's generator is not used because its streams may
+    change between releases, and a run must be able to resume after an upgrade.
     """
     of_run = _mix(np.array([seed], np.uint64))
     of_epoch = _mix(np.array([epoch], np.uint64) ^ of_run)
@@ -39,7 +39,7 @@ def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers, one to one."""
+    """Hash 64-bit integers bijectively."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -47,7 +47,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchPlan:
+class BatchSplit:
     """How the global batch of every step is split: workers x micro-batch x accumulation."""
 
     global_batch: int
@@ -72,11 +72,11 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that each worker computes per step."""
+        """Number of micro-batches that each worker computes per step."""
         return self.global_batch // (self.micro_batch * self.workers)
 
     def positions(self, rank: int, first_step: int, last_step: int) -> np.ndarray:
-        """Return worker `rank`'s positions of the steps [first_step, last_step), in the order it takes them.
+        """Return the positions of worker `rank` in the steps [first_step, last_step), in the order it uses them.
 
         Its a-th micro-batch of a step is the step's micro-batch number a * workers + rank.
         """
@@ -90,5 +90,5 @@ class BatchPlan:
 
 
 def total_steps(epochs: float, num_samples: int, global_batch: int) -> int:
-    """Return the steps that take every sample `epochs` times; the last step may reach into the next epoch."""
+    """Return the number of steps that use each sample `epochs` times; the last step may extend into the next epoch."""
     return ceil(epochs * num_samples / global_batch)

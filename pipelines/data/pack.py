@@ -1,6 +1,6 @@
-"""Pack a COCO panoptic data set: check it wholly, then write shards, index and manifest (see manifest.py).
+"""Pack a COCO panoptic data set: check all of it, then write shards, index and manifest (see manifest.py).
 
-A pack is a function of its input, so that an interrupted one can be gone on with and ends in the same bytes.
+A pack is a pure function of its input, so an interrupted one can be resumed and ends with the same bytes.
 """
 
 import io
@@ -33,39 +33,40 @@ _THREADS = min(32, os.cpu_count() or 1)
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How a data set is cut."""
+    """How a data set is divided into shards."""
 
     rows_per_shard: int = 256
-    """About 40 MB of COCO."""
+    """Images per shard. 256 images of COCO are about 40 MB."""
 
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1:
-            raise UserError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}; 256 suits COCO.")
+            raise UserError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}; use 256 for COCO.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackReport:
-    """What `pack` did."""
+    """Result of `pack`."""
 
     output: Location
     manifest: Manifest
     was_complete: bool
-    """Nothing had to be done, and the pictures were not opened."""
+    """The pack was complete already, and the images were not opened."""
     warnings: tuple[Fault, ...]
+    """Faults of the data set that do not prevent training."""
 
 
 def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
-    """Check a data set wholly, then pack it into the folder `output`; go on if that was begun before.
+    """Check all of a data set, then pack it into the folder `output`, resuming an interrupted pack.
 
-    Two packs have the same input if annotation JSON, split and configuration are equal; pictures that were replaced
-    under an unchanged JSON need a new folder.
+    Packs have the same input if annotation JSON, split and configuration are equal. Images that were replaced under
+    an unchanged JSON are not noticed; pack them into a new folder.
 
     Raises:
-        UserError: the data has errors, `output` holds something else, or it cannot be written. Unless the writing
-            itself failed, nothing was written.
+        UserError: the data has errors, `output` has other files, or it cannot be written. Unless writing itself
+            failed, nothing was written.
     """
     dataset = read_coco(layout)
-    place = locate(output)
+    folder = locate(output)
     chunks = _cut(dataset.records, config.rows_per_shard)
     source = {
         "version": VERSION,
@@ -73,28 +74,28 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
         "annotations_sha256": dataset.annotations_sha256,
         "rows_per_shard": config.rows_per_shard,
     }
-    own = {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *chunks}
-    shards = _begun(place, source, own)
-    if own <= set(place.names()):
-        return PackReport(output=place, manifest=read_manifest(place), was_complete=True, warnings=())
+    expected = {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *chunks}
+    shards = _shards_written(folder, source, expected)
+    if expected <= set(folder.names()):
+        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True, warnings=())
 
     faults = validate(dataset, _THREADS)
     _refuse_errors(faults, len(dataset.records))
 
-    for name in _temporaries(place, own):
-        (place / name).delete()
-    _write_state(place, source, shards)
+    for name in _temporaries(folder, expected):
+        (folder / name).delete()
+    _write_state(folder, source, shards)
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, records in progress(chunks.items(), len(chunks), "shards packed"):
-            if name in shards and _is_whole(place, shards[name]):
+            if name in shards and _is_intact(folder, shards[name]):
                 logger.info("%s is already packed", name)
                 continue
             rows = list(pool.map(partial(_row, layout), records))
-            shards[name] = _write(place / name, _shard(rows), len(rows))
-            _write_state(place, source, shards)
+            shards[name] = _write(folder / name, _shard(rows), len(rows))
+            _write_state(folder, source, shards)
 
     index = _index(dataset, chunks)
-    index_file = _write(place / INDEX_FILE, _parquet(index), len(index))
+    index_file = _write(folder / INDEX_FILE, _parquet(index), len(index))
     manifest = {
         "version": VERSION,
         "num_images": len(index),
@@ -106,51 +107,53 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
         "shards": [asdict(shards[name]) for name in chunks],
         "index": asdict(index_file),
     }
-    _write_json(place / MANIFEST_FILE, manifest)
-    return PackReport(output=place, manifest=read_manifest(place), was_complete=False, warnings=tuple(faults))
+    _write_json(folder / MANIFEST_FILE, manifest)
+    return PackReport(output=folder, manifest=read_manifest(folder), was_complete=False, warnings=tuple(faults))
 
 
 def _cut(records: Sequence[Record], rows_per_shard: int) -> dict[str, Sequence[Record]]:
     starts = range(0, len(records), rows_per_shard)
-    return {f"shard-{number:05d}.parquet": records[at : at + rows_per_shard] for number, at in enumerate(starts)}
+    return {
+        f"shard-{number:05d}.parquet": records[start : start + rows_per_shard] for number, start in enumerate(starts)
+    }
 
 
-def _begun(place: Location, source: dict[str, Any], own: set[str]) -> dict[str, PackedFile]:
-    """Return the shards that an earlier run wrote to `place`; refuse a folder that is anything but its."""
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{place} is a file; give a new or empty folder with --output.")
-    names = set(place.names()) - set(_temporaries(place, own))
+def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]) -> dict[str, PackedFile]:
+    """Return the shards that an interrupted pack of the same input wrote; refuse any other folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a new or empty folder with --output.")
+    names = set(folder.names()) - set(_temporaries(folder, expected))
     shards: dict[str, PackedFile] = {}
     foreign = names
     if STATE_FILE in names:
-        foreign = names - own
-        before, shards = _read_state(place / STATE_FILE)
+        foreign = names - expected
+        before, shards = _read_state(folder / STATE_FILE)
         differing = [
             f"{key} is {value}, was {before.get(key)}" for key, value in source.items() if before.get(key) != value
         ]
         if differing:
             raise UserError(
-                f"{place} holds a pack of another input ({'; '.join(differing)}); give another folder with --output, "
+                f"{folder} has a pack of another input ({'; '.join(differing)}); give another folder with --output, "
                 f"or delete this one first."
             )
     if foreign:
         raise UserError(
-            f"{place} holds {len(foreign)} files or folders that are no part of this pack: "
+            f"{folder} has {len(foreign)} files or folders that are not part of this pack: "
             f"{', '.join(sorted(foreign)[:5])}{', ...' if len(foreign) > 5 else ''}; give a new or empty folder with "
             f"--output."
         )
     return shards
 
 
-def _temporaries(place: Location, own: set[str]) -> list[str]:
-    # What Location.write_bytes leaves beside its target when the process is killed.
-    parts = ((name, re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", name)) for name in place.names())
-    return [name for name, match in parts if match and match[1] in own]
+def _temporaries(folder: Location, expected: set[str]) -> list[str]:
+    # Location.write_bytes leaves these in the folder when the process is killed.
+    parts = ((name, re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", name)) for name in folder.names())
+    return [name for name, match in parts if match and match[1] in expected]
 
 
-def _write_state(place: Location, source: dict[str, Any], shards: dict[str, PackedFile]) -> None:
+def _write_state(folder: Location, source: dict[str, Any], shards: dict[str, PackedFile]) -> None:
     written = [asdict(shards[name]) for name in sorted(shards)]
-    _write_json(place / STATE_FILE, {"source": source, "shards": written})
+    _write_json(folder / STATE_FILE, {"source": source, "shards": written})
 
 
 def _read_state(file: Location) -> tuple[dict[str, Any], dict[str, PackedFile]]:
@@ -171,8 +174,8 @@ def _refuse_errors(faults: Sequence[Fault], num_records: int) -> None:
     others = ", ".join(f"{code} {count}" for code, count in sorted(Counter(fault.code for fault in errors[1:]).items()))
     images = len({fault.image_id for fault in errors})
     raise UserError(
-        f"The data set has errors, so nothing was packed. {errors[0]} Others: {others or 'none'}; "
-        f"{images} of {num_records} images are concerned."
+        f"The data set has errors, so nothing was packed. First: {errors[0]} Others: {others or 'none'}; "
+        f"{images} of {num_records} images are affected."
     )
 
 
@@ -192,9 +195,9 @@ def _row(layout: CocoLayout, record: Record) -> dict[str, Any]:
 
 
 def _shard(rows: list[dict[str, Any]]) -> bytes:
-    # One row group a row, so that any position costs one read of its own bytes. The price, measured with 11 segments
-    # a row: 620 bytes of footer and 480 of column headers a row; a reader parses the footer once per open file.
-    # The pictures are compressed already, and nobody filters by them.
+    # One row group per row, so that reading a row takes one read of only its bytes. The cost, measured with 11 segments
+    # per row: 620 bytes of footer and 480 bytes of column headers per row. A reader parses the footer once per open
+    # file. Images are compressed already, and no query filters by column, hence no compression and no statistics.
     return _parquet(
         pa.Table.from_pylist(rows, schema=PACKED),
         row_group_size=1,
@@ -235,8 +238,8 @@ def _write(file: Location, content: bytes, rows: int) -> PackedFile:
     return PackedFile(file=file.name, rows=rows, bytes=len(content), sha256=sha256(content))
 
 
-def _is_whole(place: Location, shard: PackedFile) -> bool:
-    file = place / shard.file
+def _is_intact(folder: Location, shard: PackedFile) -> bool:
+    file = folder / shard.file
     return file.exists() and sha256(file.read_bytes()) == shard.sha256
 
 

@@ -1,7 +1,7 @@
-"""The pixels of one annotated image: decode the two files, and number the segments that are targets.
+"""The pixels of one annotated image: decode its two files and number the segments that are targets.
 
 A panoptic PNG holds segment ids, R + 256 G + 65536 B, where 0 is void (cocodataset.org/#format-data, 4).
-H W is the image, N the numbered segments, R the runs of equal ids.
+H W image, N numbered segments, R runs of equal ids.
 """
 
 import io
@@ -12,18 +12,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from maskformer.postprocess import decode_ids
+from maskformer.coco_format import decode_ids
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
 
 def decode_image(content: bytes) -> npt.NDArray[np.uint8]:
-    """Decode an image file to uint8 [H, W, 3] RGB; grey and CMYK become RGB.
+    """Decode an image file to uint8 [H, W, 3] RGB; gray and CMYK become RGB.
 
     An EXIF orientation is not applied: COCO's annotations were drawn on the stored pixels.
 
     Raises:
-        ValueError: the bytes are not a whole image.
+        ValueError: the bytes are not a complete image.
     """
     return np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
 
@@ -32,7 +32,7 @@ def decode_panoptic(content: bytes) -> npt.NDArray[np.int32]:
     """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
 
     Raises:
-        ValueError: the bytes are not a whole PNG with three 8-bit channels.
+        ValueError: the bytes are not a complete PNG with three 8-bit channels.
     """
     image = _open(content)
     if image.format != "PNG" or image.mode != "RGB":
@@ -43,16 +43,16 @@ def decode_panoptic(content: bytes) -> npt.NDArray[np.int32]:
 def index_map(
     ids: npt.NDArray[np.int32], segments: Sequence[Segment], taxonomy: Taxonomy
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int16]]:
-    """Number the segments of one image: `k` on the pixels of the k-th, 0 on void and crowds.
+    """Return the index map of one image: k on the pixels of the k-th segment, 0 on void and crowds.
 
-    Things come first, one number each, in the order of `segments`; then stuff in ascending class index, all
-    segments of a class under one number. A segment without a pixel gets no number.
+    Things come first, in the order of `segments`; then stuff in ascending class index, with all segments of a class
+    merged into one. Segments without pixels are not numbered.
 
     Args:
-        ids: [H, W].
+        ids: [H, W] segment ids.
 
     Returns:
-        The map, uint16 [H, W], and the class index of each number, int16 [N].
+        The index map, uint16 [H, W], and the class index of each number, int16 [N].
     """
     values, run_of_value, runs = pixel_runs(ids)
     present = set(values.tolist())
@@ -76,7 +76,7 @@ def index_map(
 
 @dataclass(frozen=True)
 class Runs:
-    """Stretches of equal pixels within a row of the image, in reading order; three int arrays [R]."""
+    """Runs of equal ids within rows of the image, in raster order: start and length as int arrays [R]."""
 
     y: npt.NDArray[np.intp]
     x: npt.NDArray[np.intp]
@@ -86,10 +86,13 @@ class Runs:
 def pixel_runs(
     ids: npt.NDArray[np.int32],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp], Runs]:
-    """Describe an id map by its runs: a few hundredths of the pixels, so that all else costs next to nothing.
+    """Return the run-length encoding of an id map. Runs number a few percent of the pixels, so using them is cheap.
+
+    Args:
+        ids: [H, W] segment ids.
 
     Returns:
-        The ids that occur, ascending; for each run the place of its id among them; the runs.
+        The ids that occur, ascending; for each run the index of its id among them; the runs.
     """
     width = ids.shape[1]
     starts = np.ones(ids.shape, bool)
@@ -104,9 +107,9 @@ def _open(content: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except UnidentifiedImageError as error:  # its own text names an address in memory
+    except UnidentifiedImageError as error:  # its own message has a memory address
         raise ValueError("it cannot be decoded (no image format that Pillow knows)") from error
-    # Pillow raises SyntaxError for broken PNG chunks, and its own error for a size that no photograph has.
+    # Pillow raises SyntaxError for broken PNG chunks, and DecompressionBombError for implausibly large images.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be decoded ({error})") from error
     return image

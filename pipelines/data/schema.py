@@ -1,8 +1,8 @@
-"""The contracts of the data pipeline: four pyarrow schemas, each with a name and a version.
+"""The schemas of the data pipeline: four pyarrow schemas, each with a name and a version.
 
-The packer writes PACKED and INDEX; Ray Data tasks read PACKED and emit
-AUGMENTED for the trainer or RESIZED for the predictor, and whoever receives a batch asserts its schema.
-Name and version travel in the schema's metadata. A change of meaning is a new version even if no type changes.
+The packer writes PACKED and INDEX. Ray Data tasks read PACKED and return AUGMENTED for training or RESIZED for
+inference, and the receiver of a batch checks its schema. Name and version are in the schema's metadata. A change of
+meaning needs a new version even if no type changes.
 """
 
 import pyarrow as pa
@@ -39,32 +39,32 @@ INDEX = _schema(
     [
         pa.field("image_id", pa.int64()),
         pa.field("file_name", pa.string()),
-        pa.field("shard", pa.int32()),  # place in the manifest's list of shards
+        pa.field("shard", pa.int32()),  # index in the manifest's list of shards
         pa.field("row", pa.int32()),  # within the shard; also the number of its row group
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
-        pa.field("num_things", pa.int32()),  # segments of a thing class, crowds not counted
-        pa.field("num_segments", pa.int32()),  # all segments, crowds not counted
+        pa.field("num_things", pa.int32()),  # segments of thing classes, not counting crowds
+        pa.field("num_segments", pa.int32()),  # all segments, not counting crowds
     ],
 )
-"""One row per packed row, in ascending image id: what can be asked of a pack without reading pictures."""
+"""One row per packed row, in ascending image id: what can be read from a pack without its images."""
 
 AUGMENTED = _schema(
     "augmented",
     1,
     [
-        pa.field("position", pa.int64()),  # place in the endless order of samples
+        pa.field("position", pa.int64()),  # in the infinite order of samples
         pa.field("epoch", pa.int32()),
         pa.field("image_id", pa.int64()),
         pa.field("height", pa.int32()),  # of the augmented image
         pa.field("width", pa.int32()),
-        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row by row
-        # height * width uint16, little-endian, row by row: 0 is void or crowd, k the k-th segment
+        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row-major
+        # height * width uint16, little-endian, row-major: 0 is void or crowd, k is the k-th segment
         pa.field("index_map", pa.large_binary()),
         pa.field("classes", pa.list_(pa.int16())),  # class index of each segment
     ],
 )
-"""One row is one training sample, ready to be padded and stacked."""
+"""One row is one training sample, to be padded and stacked."""
 
 RESIZED = _schema(
     "resized",
@@ -74,23 +74,23 @@ RESIZED = _schema(
         pa.field("file_name", pa.string()),
         pa.field("height", pa.int32()),  # of the image as resized for the model
         pa.field("width", pa.int32()),
-        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row by row
+        pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row-major
         pa.field("original_height", pa.int32()),
         pa.field("original_width", pa.int32()),
-        pa.field("panoptic", pa.large_binary()),  # the truth at its original size, as packed
+        pa.field("panoptic", pa.large_binary()),  # the ground truth at its original size, as packed
         pa.field("segments", PACKED.field("segments").type),
     ],
 )
-"""One row is one image ready for inference, with the truth to score it against."""
+"""One row is one image for inference, with its ground truth."""
 
 
-def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, where: str) -> None:
+def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, what: str) -> None:
     """Check that `data` has the columns, types and version of `expected`.
 
-    Nullability and the metadata of single columns are not compared.
+    Nullability and the metadata of columns are not compared.
 
     Args:
-        where: names the data in the message, such as a file's URI.
+        what: names the data in the message, such as a file's URI.
 
     Raises:
         ValueError: they differ; the message lists each difference.
@@ -101,15 +101,15 @@ def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, wh
     for field in expected:
         indices = found.get_all_field_indices(field.name)
         if len(indices) != 1:
-            differences.append(f"column {field.name} is {'missing' if not indices else 'there more than once'}")
+            differences.append(f"column {field.name} is {'missing' if not indices else 'duplicated'}")
         elif found.field(indices[0]).type != field.type:
             differences.append(f"column {field.name} is {found.field(indices[0]).type} instead of {field.type}")
     differences += [f"column {name} is unknown" for name in found.names if name not in expected.names]
     if not differences and found.names != expected.names:
-        differences.append(f"the columns stand in the order {found.names} instead of {expected.names}")
+        differences.append(f"the columns are in the order {found.names} instead of {expected.names}")
     if differences:
         raise ValueError(
-            f"{where} does not have the schema {wanted}: {'; '.join(differences)}. "
+            f"{what} does not have the schema {wanted}: {'; '.join(differences)}. "
             f"Write it again with this version of the program."
         )
 

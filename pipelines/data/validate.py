@@ -1,7 +1,7 @@
-"""The linter of a data set: opens every picture and compares it with what the JSON says of it.
+"""Validation of a data set: opens every image and PNG and compares them with the JSON.
 
-What the JSON alone can tell is `read_coco`'s part. Errors make a data set unusable and stop the packer;
-warnings concern only what training does not read.
+`read_coco` checks what needs only the JSON. Errors make a data set unusable and stop the packer; warnings affect
+only values that training does not read.
 """
 
 from collections import Counter
@@ -26,13 +26,13 @@ class Fault:
     """One fault of a data set."""
 
     code: str
-    """Short and stable, such as `png-size`."""
+    """Stable identifier of the kind of fault, such as `png-size`."""
     severity: Literal["error", "warning"]
     file: str
     image_id: int
     segment_id: int | None = None
     message: str
-    """What is wrong and how to mend it, in one sentence."""
+    """What is wrong and how to correct it, in one sentence."""
 
     def __str__(self) -> str:
         segment = "" if self.segment_id is None else f", segment {self.segment_id}"
@@ -40,14 +40,14 @@ class Fault:
 
 
 def validate(dataset: CocoDataset, threads: int) -> list[Fault]:
-    """Check every record; the faults come in the order of the records, whatever the threads do."""
+    """Check every record in parallel and return the faults in the order of the records."""
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(partial(check_record, dataset.layout, dataset.taxonomy), dataset.records)
         return [fault for faults in progress(found, len(dataset.records), "images checked") for fault in faults]
 
 
 def check_record(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> list[Fault]:
-    """Open the image and the PNG of `record` and return all faults; a file that cannot be read is a fault."""
+    """Open the image and the PNG of `record` and return all faults; an unreadable file is a fault."""
     return _check_image(layout, record) + _check_listed(layout, taxonomy, record) + _check_png(layout, record)
 
 
@@ -57,10 +57,10 @@ def _check_image(layout: CocoLayout, record: Record) -> list[Fault]:
     try:
         height, width, _ = decode_image(file.read_bytes()).shape
     except (OSError, ValueError) as error:
-        return [at(code="image-unreadable", message=f"{error}; replace the file or drop the image from the JSON.")]
+        return [at(code="image-unreadable", message=f"{error}; replace the file or remove the image from the JSON.")]
     if (height, width) != (record.height, record.width):
         message = (
-            f"the image is {width} x {height} and the JSON says {record.width} x {record.height}; "
+            f"the image is {width} x {height}, but {record.width} x {record.height} in the JSON; "
             f"correct the JSON, or restore the image that was annotated."
         )
         return [at(code="image-size", message=message)]
@@ -73,18 +73,14 @@ def _check_listed(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> lis
     for identifier, count in Counter(segment["id"] for segment in record.segments).items():
         error = partial(at, severity="error", segment_id=identifier)
         if not 1 <= identifier <= _MAX_ID:
-            message = (
-                f"the segment id {identifier} does not lie in 1..{_MAX_ID}; number the segment anew in JSON and PNG."
-            )
+            message = f"the segment id {identifier} does not lie in 1..{_MAX_ID}; renumber the segment in JSON and PNG."
             faults.append(error(code="segment-id-range", message=message))
         if count > 1:
-            message = f"the JSON lists the segment {count} times; give each segment its own id."
+            message = f"the JSON lists the segment {count} times; give each segment a unique id."
             faults.append(error(code="segment-id-repeated", message=message))
     for segment in record.segments:
         if segment["iscrowd"] and not taxonomy.is_thing(taxonomy.class_index(segment["category_id"])):
-            message = (
-                "a segment of a stuff class is marked as a crowd, so it is no target; set iscrowd to 0 if it should be."
-            )
+            message = "a stuff segment is marked as a crowd, so it is not trained on; set iscrowd to 0 if it should be."
             faults.append(at(code="crowd-stuff", severity="warning", segment_id=segment["id"], message=message))
     return faults
 
@@ -95,12 +91,12 @@ def _check_png(layout: CocoLayout, record: Record) -> list[Fault]:
     try:
         ids = decode_panoptic(file.read_bytes())
     except (OSError, ValueError) as error:
-        message = f"{error}; replace the file or drop the image from the JSON."
+        message = f"{error}; replace the file or remove the image from the JSON."
         return [at(code="png-unreadable", severity="error", message=message)]
     if ids.shape != (record.height, record.width):
         message = (
-            f"the PNG is {ids.shape[1]} x {ids.shape[0]} and the image {record.width} x {record.height}; "
-            f"make the PNG again at the image's size."
+            f"the PNG is {ids.shape[1]} x {ids.shape[0]}, but the image {record.width} x {record.height}; "
+            f"regenerate the PNG at the size of the image."
         )
         return [at(code="png-size", severity="error", message=message)]
 
@@ -109,29 +105,29 @@ def _check_png(layout: CocoLayout, record: Record) -> list[Fault]:
     faults: list[Fault] = []
     for identifier in sorted(areas.keys() - listed - {0}):
         message = (
-            f"the PNG has {areas[identifier]} pixels of a segment that the JSON does not list; list it, or paint it 0."
+            f"the PNG has {areas[identifier]} pixels of a segment that is not in the JSON; add it, or set them to 0."
         )
         faults.append(at(code="segment-unlisted", severity="error", segment_id=identifier, message=message))
     for segment in record.segments:
         warning = partial(at, severity="warning", segment_id=segment["id"])
         if segment["id"] not in areas:
-            message = "the JSON lists a segment that has no pixel in the PNG; drop it from the JSON, or paint it."
+            message = "the JSON lists a segment without pixels in the PNG; remove it from the JSON, or add its pixels."
             faults.append(
                 at(code="segment-without-pixels", severity="error", segment_id=segment["id"], message=message)
             )
             continue
         area, box = areas[segment["id"]], boxes[segment["id"]]
         if segment.get("area", area) != area:
-            message = f"the JSON says {segment.get('area')} pixels, the PNG has {area}; correct the JSON's area."
+            message = f"the area is {segment.get('area')} pixels in the JSON, but {area} in the PNG; correct the JSON."
             faults.append(warning(code="area", message=message))
         if segment.get("bbox", box) != box:
-            message = f"the JSON says the box {segment.get('bbox')}, the PNG has {box}; correct the JSON's bbox."
+            message = f"the bbox is {segment.get('bbox')} in the JSON, but {box} in the PNG; correct the JSON."
             faults.append(warning(code="bbox", message=message))
     return faults
 
 
 def _measure(ids: npt.NDArray[np.int32]) -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Return each id's number of pixels and its box [x, y, width, height]."""
+    """Return the area in pixels and the bounding box [x, y, width, height] of each id."""
     values, which, runs = pixel_runs(ids)
     count = len(values)
     left, top = np.full(count, ids.shape[1]), np.full(count, ids.shape[0])

@@ -1,5 +1,5 @@
-"""PQ of a checkpoint: quick during training, whole afterwards. `evaluate` is the way in."""
+"""Panoptic quality of a checkpoint: a quick estimate during training, all images afterwards with `evaluate`."""
 
-from pipelines.evaluation.score import EvaluationResult, evaluate
+from pipelines.evaluation.evaluate import EvaluationResult, evaluate
 
 __all__ = ["EvaluationResult", "evaluate"]

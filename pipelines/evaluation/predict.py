@@ -1,7 +1,7 @@
-"""Batch inference as a Ray Data graph: packed images in, panoptic results and their scores out.
+"""Batch inference as a Ray Data pipeline: from packed images to panoptic results and their quality.
 
-Tasks read and resize the images, a pool of actors holds the model. Each image is segmented on its own, at its
-original size, written as a PNG, and scored beside its truth, so that only numbers travel further.
+Tasks read and resize the images; a pool of actors has the model. Each image is segmented individually, at its
+original size, written as a PNG and compared with its ground truth in the actor, so that only numbers are returned.
 """
 
 import io
@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from ray.data import ActorPoolStrategy
 
-from maskformer import PanopticConfig, PanopticQuality, Segmenter, build_model
-from maskformer.postprocess import encode_ids
-from pipelines.checkpoint import SavedModel
-from pipelines.config import EvaluationConfig
+from maskformer import PanopticQuality, Segmenter, build_model
+from maskformer.coco_format import encode_ids
+from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.schema import RESIZED, require
@@ -33,25 +32,36 @@ _ROWS_PER_TASK = 8
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image's prediction and its score."""
+    """The prediction for one image and its quality."""
 
     image_id: int
     file_name: str
-    """Of the PNG."""
+    """Name of the PNG in the folder of predictions."""
     segments_info: list[dict[str, Any]]
     quality: PanopticQuality
-    """Has counted this image alone."""
+    """PQ statistics of this image alone."""
 
 
-def segmenter(saved: SavedModel, panoptic: PanopticConfig, shown: EvaluationConfig, device: str) -> Segmenter:
-    """Build a checkpoint's model for inference."""
-    model = build_model(saved.config.model)
+def segmenter(saved: SavedModel, device: str) -> Segmenter:
+    """Build the model of a checkpoint for inference on `device`."""
+    config = saved.config
+    model = build_model(config.model)
     model.load_state_dict(saved.weights)
-    return Segmenter(model.to(device), saved.taxonomy, panoptic, short_side=shown.short_side, long_side=shown.long_side)
+    return Segmenter(
+        model.to(device),
+        saved.taxonomy,
+        config.panoptic,
+        short_side=config.evaluation.short_side,
+        long_side=config.evaluation.long_side,
+    )
 
 
 def score_row(segment: Segmenter, row: dict[str, Any]) -> tuple[np.ndarray, list[dict[str, Any]], PanopticQuality]:
-    """Segment one RESIZED row and score it against its truth."""
+    """Segment one RESIZED row and compare it with its ground truth.
+
+    Returns:
+        Segment ids [H, W] at the original size, segments_info, and the PQ statistics of the image.
+    """
     image = np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"], 3)
     ids, segments = segment.segment_resized(image, (row["original_height"], row["original_width"]))
     quality = PanopticQuality(segment.taxonomy)
@@ -62,30 +72,33 @@ def score_row(segment: Segmenter, row: dict[str, Any]) -> tuple[np.ndarray, list
 def predict(
     saved: SavedModel,
     samples: PackedSet,
-    panoptic: PanopticConfig,
-    shown: EvaluationConfig,
     *,
     png_folder: str,
     predictors: int,
     device: str,
     cpus: float,
 ) -> Iterator[ImageResult]:
-    """Segment every image of `samples` once, in any order; PNGs go to `png_folder`.
+    """Segment every image of `samples` once and yield the results in any order.
 
     Args:
-        predictors: processes that hold the model, one GPU each on `cuda`.
-        cpus: CPUs of each predictor, and of each reading task.
+        png_folder: path or URI of the folder to write the PNGs to.
+        predictors: number of processes with a copy of the model, each with one GPU on `cuda`.
+        device: cpu or cuda.
+        cpus: CPUs of each predictor, and of each task that reads images.
+
+    Raises:
+        UserError: a packed row is damaged, or a PNG cannot be written.
     """
     images = resized_images(
         samples,
-        short_side=shown.short_side,
-        long_side=shown.long_side,
+        short_side=saved.config.evaluation.short_side,
+        long_side=saved.config.evaluation.long_side,
         samples_per_task=_ROWS_PER_TASK,
         cpus=cpus,
     )
     results = images.map_batches(
-        _Predictor,  # pyright: ignore[reportArgumentType] -- Ray accepts a class, its stubs only functions
-        fn_constructor_args=(ray.put(saved), panoptic, shown, png_folder, device),
+        _Predictor,  # pyright: ignore[reportArgumentType] -- Ray accepts a class; its annotations allow only functions
+        fn_constructor_args=(ray.put(saved), png_folder, device),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=predictors),
@@ -100,11 +113,11 @@ def predict(
 
 
 class _Predictor:
-    """The actor: RESIZED rows in; file name, segments and score of each out."""
+    """The actor: maps RESIZED rows to file name, segments and PQ statistics of each image."""
 
-    def __init__(self, saved: Any, panoptic: PanopticConfig, shown: EvaluationConfig, png_folder: str, device: str):
+    def __init__(self, saved: Any, png_folder: str, device: str) -> None:
         torch.set_num_threads(1)  # parallelism comes from the number of predictors
-        self._segment = segmenter(ray.get(saved), panoptic, shown, device)
+        self._segment = segmenter(ray.get(saved), device)
         self._folder = locate(png_folder)
 
     def __call__(self, table: pa.Table) -> pa.Table:

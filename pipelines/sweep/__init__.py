@@ -1,4 +1,4 @@
-"""Sweeps: `sweep` is the way in."""
+"""Sweeps: `sweep` is the entry point."""
 
 from pipelines.sweep.driver import SweepResult, sweep
 

@@ -1,17 +1,15 @@
-"""A sweep: trials of one configuration with some leaves varied, the worse ones ended early.
+"""A sweep: trials of one configuration with some settings varied, the worse ones stopped early.
 
-The truth about a sweep is its own folder, as a run's is: `sweep.json` says what it is, `trials.json` what has become
-of each trial. The same command goes on with the trials that have not ended; Ray Tune is started anew each time, with
-those, and its scheduler is told the results so far.
+Like that of a run, the state of a sweep is in its folder: `sweep.json` identifies it, `trials.json` holds the status
+and results of each trial. The same command resumes the trials that have not ended. Ray Tune itself never resumes: it
+is started with those trials each time, and its scheduler receives the earlier results.
 """
 
 import json
 import logging
 import math
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,304 +19,180 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipelines import checkpoint, cluster, tracking
-from pipelines.config import SweepConfig, TrainConfig, to_dict
-from pipelines.errors import RunFailed, UserError
-from pipelines.leaves import differing_leaves, leaves, with_leaves
-from pipelines.storage import Location, locate
-from pipelines.sweep import report, space
-from pipelines.sweep.book import Book, Recorder
+from pipelines.cluster.session import session
+from pipelines.config.overrides import with_overrides
+from pipelines.config.serialize import to_dict
+from pipelines.config.sweep import SweepConfig
+from pipelines.config.train import TrainConfig
+from pipelines.errors import RunFailedError, UserError
+from pipelines.sweep import report, search_space
+from pipelines.sweep.preflight import earlier_run_id, prepare_trials, require_metric, sweep_record, trials_at_once
 from pipelines.sweep.report import TrialRecord
-from pipelines.sweep.trial import Orders, SuccessiveHalving, TrainingTrial
-from pipelines.training.driver import check, check_cluster, check_places, check_weights, per_worker, resources
+from pipelines.sweep.scheduler import SuccessiveHalving
+from pipelines.sweep.trainable import StopRequests, TrainingTrial
+from pipelines.sweep.trials import Recorder, TrialStore
+from pipelines.tracking.runs import TrackedRun
+from pipelines.training.monitor import StopSignals
+from pipelines.training.preflight import PreparedRun, check_locations, prepare_run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Where a sweep ended."""
+    """Results of a sweep."""
 
     name: str
     folder: str
+    """Path or URI of the sweep's folder."""
     best: TrialRecord | None
-    """None if the sweep was stopped by Ctrl-C."""
+    """The best trial; None if the sweep was stopped by Ctrl-C."""
     report: str
-    """The trials, the best first, and what mattered."""
-    tracking_uri: str
-    mlflow_run_id: str
+    """Text with all trials, the best first, and the importance of each setting."""
+    mlflow_run: TrackedRun
 
 
 def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
-    """Run the trials of a sweep that have not ended yet, and report on all of them.
+    """Run the trials of a sweep that have not ended yet, and report on all trials.
 
-    Each trial is a run of its own below the sweep's folder, `<base.run.storage>/<base.run.name>`. The same name in the
-    same storage goes on with a sweep.
+    Each trial is a run in the sweep's folder, `<base.run.storage>/<base.run.name>`. The same name in the same storage
+    resumes a sweep.
 
     Raises:
-        UserError: the space, the configuration, the data or the cluster make it impossible; nothing was started.
-        RunFailed: no trial has a result.
+        UserError: the search space, configuration, data or cluster make it impossible; nothing was started.
+        RunFailedError: no trial has a result.
     """
-    axes = space.parse(config.space, base)
+    axes = search_space.parse(config.space, base)
     name = base.run.name or f"sweep-{base.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    base, samples, steps = check(replace(base, run=replace(base.run, name=name)))
-    _require_metric(base, config, steps)
-    folder = locate(base.run.storage) / name
-    record = {
-        "config": to_dict(base),
-        "sweep": {
-            "space": list(config.space),
-            "trials": config.trials,
-            "grace_period": config.grace_period,
-            "reduction_factor": config.reduction_factor,
-        },
-        "data_hash": samples.data_hash,
-    }
-    run_id = _require_same(folder, record)
-    if config.trials < (there := space.combinations(axes)) < math.inf:
-        logger.info("%d of %d combinations are tried; --sweep.trials %d tries all.", config.trials, there, there)
-    book = Book(folder, space.sample(axes, config.trials, base.run.seed))
-    trials = _checked(base, book, steps)
-    if book.open:
-        check_places(base)
-        with cluster.session():
-            at_once = min(_trials_at_once(base, config.concurrency), len(book.open))
-            run_id = _open(base, record, book)
+    prepared = prepare_run(replace(base, run=replace(base.run, name=name)))
+    require_metric(prepared, config)
+    record = sweep_record(prepared, config)
+    earlier_id = earlier_run_id(prepared.folder, record)
+    if config.trials < (combinations := search_space.combinations(axes)) < math.inf:
+        logger.info(
+            "Trying %d of %d combinations; --sweep.trials %d tries all.", config.trials, combinations, combinations
+        )
+    store = TrialStore(prepared.folder, search_space.sample(axes, config.trials, prepared.config.run.seed))
+    runs = prepare_trials(prepared, store)
+    mlflow_run = TrackedRun(prepared.config.tracking.uri, earlier_id)
+    if store.open:
+        check_locations(prepared.config)
+        with session():
+            at_once = min(trials_at_once(prepared.config, config.concurrency), len(store.open))
+            mlflow_run = _start(prepared, record, store)
             logger.info(
-                "Sweep %s: %d trials of %d steps, %d of them have ended, %d at a time.",
-                name, len(book.records), steps, len(book.records) - len(book.open), at_once,
+                "Sweep %s: %d trials of %d steps, %d of them already ended, %d at a time.",
+                name, len(store.records), prepared.total_steps, len(store.records) - len(store.open), at_once,
             )  # fmt: skip
             try:
-                _catch_up(base, book)
-                _run({key: _child(trial, run_id) for key, trial in trials.items()}, book, config, steps, at_once)
+                _catch_up(mlflow_run.uri, store)
+                runs = {key: _child_of(mlflow_run, run) for key, run in runs.items()}
+                _run(runs, store, config, at_once)
             except BaseException as error:
-                tracking.close_run(base.tracking.uri, run_id, "KILLED", {"cause": type(error).__name__})
+                mlflow_run.close("KILLED", {"cause": type(error).__name__})
                 raise
-    book.prune(config.keep_gigabytes)
-    if book.open:
-        tracking.close_run(base.tracking.uri, run_id, "KILLED", {"status": "stopped"})
+    store.prune(config.keep_gigabytes)
+    if store.open:
+        mlflow_run.close("KILLED", {"status": "stopped"})
         best = None
     else:
-        best = conclude(base, book, run_id)
-    text = f"{report.table(book.records)}\n\n{report.importance_text(book.records)}"
-    return SweepResult(name, str(folder), best, text, base.tracking.uri, run_id)
+        best = conclude(prepared.config, store, mlflow_run)
+    text = f"{report.table(store.records)}\n\n{report.importance_text(store.records)}"
+    return SweepResult(name, str(prepared.folder), best, text, mlflow_run)
 
 
-def _require_metric(base: TrainConfig, config: SweepConfig, steps: int) -> None:
-    """Refuse a sweep whose quick PQ would never come, or too late.
-
-    Raises:
-        UserError: with what to set.
-    """
-    every = base.evaluation.every
-    if not base.data.val or not every:
-        raise UserError(
-            "A sweep compares trials by their quick PQ, and this configuration never computes it. Name a pack of "
-            "validation images (--data.val) and steps between evaluations (--evaluation.every)."
-        )
-    if every > steps:
-        raise UserError(
-            f"A trial has {steps} steps and its first quick PQ would come at step {every}. Lower --evaluation.every."
-        )
-    if config.grace_period is not None and config.grace_period < every:
-        raise UserError(
-            f"The grace period of {config.grace_period} steps ends before the first quick PQ, at step {every}. Use a "
-            f"--sweep.grace-period of at least that, or a lower --evaluation.every."
-        )
-
-
-def _require_same(folder: Location, record: dict[str, Any]) -> str:
-    """Refuse a folder that holds something other than this sweep; return its MLflow run's id, or nothing.
-
-    Raises:
-        UserError: with what differs.
-    """
-    place = folder / "sweep.json"
-    if not place.exists():
-        if folder.names():
-            raise UserError(f"{folder} holds something that is not a sweep. Choose another --run.name.")
-        return ""
-    try:
-        earlier = json.loads(place.read_text())
-        run_id: str = earlier["mlflow_run_id"]
-        changes = differing_leaves(earlier["config"], record["config"])
-        # A run may change how it is evaluated; here that would compare what cannot be compared.
-        before, now = (
-            leaves({"evaluation": each["config"]["evaluation"], "sweep": each["sweep"], "data": each["data_hash"]})
-            for each in (earlier, record)
-        )
-        changes += [f"{leaf}: {before.get(leaf)} -> {now[leaf]}" for leaf in now if before.get(leaf) != now[leaf]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{place} is not the sweep.json of a sweep ({type(error).__name__}: {error}). Choose another --run.name."
-        ) from error
-    if changes:
-        raise UserError(
-            f"{folder} is another sweep: {'; '.join(changes)}. Start a new one with another --run.name, or go on with "
-            f"what it has."
-        )
-    return run_id
-
-
-def _checked(base: TrainConfig, book: Book, steps: int) -> dict[str, TrainConfig]:
-    """Return the configuration of each open trial, looked at as its run will be: values may clash in combination.
-
-    Raises:
-        UserError: a trial is impossible, or has another length than the others.
-    """
-    trials: dict[str, TrainConfig] = {}
-    first_weights = set()
-    for trial in book.open:
-        try:
-            config = with_leaves(base, trial.values)
-            config = replace(config, run=replace(config.run, name=trial.name, storage=str(book.folder)))
-            config, samples, own_steps = check(config)
-            fresh = not checkpoint.steps_saved(book.folder / trial.name)
-            if fresh and (config.weights, config.model) not in first_weights:
-                first_weights.add((config.weights, config.model))
-                check_weights(config, book.folder / trial.name, samples.taxonomy)
-        except UserError as error:
-            raise UserError(f"The trial with {_in_words(trial.values)} is impossible. {error}") from error
-        if own_steps != steps:
-            raise UserError(
-                f"With {_in_words(trial.values)} a trial has {own_steps} steps, others have {steps}: they cannot be "
-                f"compared. Give all the same number by --run.steps."
-            )
-        trials[trial.name] = config
-    return trials
-
-
-def _in_words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{leaf} = {value}" for leaf, value in values.items())
-
-
-def _trials_at_once(base: TrainConfig, asked: int | None) -> int:
-    """Compute how many trials the cluster holds at a time, with the workers and data tasks of each.
-
-    What other jobs hold of it is not looked at.
-
-    Raises:
-        UserError: not even one, or fewer than asked for.
-    """
-    check_cluster(base)
-    there, needed = ray.cluster_resources(), resources(base)
-    bundle, workers = per_worker(base), base.scaling.workers
-    places = sum(_times(node["Resources"], bundle) for node in ray.nodes() if node["Alive"])
-    room = min(_times(there, needed), places // workers)
-    if room < (asked or 1):
-        asked = asked or 1
-        wanted = ", ".join(f"{asked * amount:g} {kind}" for kind, amount in needed.items())
-        found = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in needed)
-        raise UserError(
-            f"{asked} trials at a time need {wanted}, and the Ray cluster has {found}, its nodes places for {places} "
-            f"workers: room for {room}. Lower --sweep.concurrency, --scaling.workers, --scaling.cpus-per-worker or "
-            f"--scaling.data-cpus, or use a larger cluster."
-        )
-    return asked or room
-
-
-def _times(there: Mapping[str, float], needed: Mapping[str, float]) -> int:
-    """Tell how often `needed` fits into what is there."""
-    return int(min((there.get(kind, 0) + 1e-6) // amount for kind, amount in needed.items()))
-
-
-def _open(base: TrainConfig, record: dict[str, Any], book: Book) -> str:
-    """Write down what the sweep is, in its folder and in MLflow; return the id of its MLflow run."""
-    uri, experiment = base.tracking.uri, base.tracking.experiment
+def _start(prepared: PreparedRun, record: dict[str, Any], store: TrialStore) -> TrackedRun:
+    """Record the sweep in its folder and in MLflow; return its MLflow run."""
+    config = prepared.config
     params = {**record["config"], "sweep": record["sweep"]}
-    run_id = tracking.open_run(uri, experiment, base.run.name, str(book.folder), params)
-    tracking.set_status(uri, run_id, "RUNNING")
-    (book.folder / "sweep.json").write_text(json.dumps({**record, "mlflow_run_id": run_id}, indent=1))
-    book.write()
-    return run_id
+    mlflow_run = TrackedRun.open(
+        config.tracking.uri, config.tracking.experiment, config.run.name, str(store.folder), params
+    )
+    mlflow_run.set_status("RUNNING")
+    (store.folder / "sweep.json").write_text(json.dumps({**record, "mlflow_run_id": mlflow_run.run_id}, indent=1))
+    store.write()
+    return mlflow_run
 
 
-def _child(config: TrainConfig, parent: str) -> TrainConfig:
-    return replace(config, tracking=replace(config.tracking, parent=parent))
+def _child_of(parent: TrackedRun, run: PreparedRun) -> PreparedRun:
+    tracking = replace(run.config.tracking, parent=parent.run_id)
+    return replace(run, config=replace(run.config, tracking=tracking))
 
 
-def _catch_up(base: TrainConfig, book: Book) -> None:
-    """Fetch results that reached MLflow, but not the driver before it was lost: they will not come again."""
-    for trial in book.open:
-        place = book.folder / trial.name / "config.json"
+def _catch_up(tracking_uri: str, store: TrialStore) -> None:
+    """Fetch results that were logged but not stored before the driver died; trials do not report them again."""
+    for trial in store.open:
+        file = store.folder / trial.name / "config.json"
         try:
-            run_id = json.loads(place.read_text())["mlflow_run_id"] if place.exists() else ""
-            for step, pq in tracking.history(base.tracking.uri, run_id, "quick_pq/all") if run_id else ():
-                book.add_result(trial.name, step, pq)
-        except (UserError, ValueError, KeyError, TypeError) as error:  # the trial itself will say more
+            run_id = json.loads(file.read_text())["mlflow_run_id"] if file.exists() else ""
+            for step, pq in TrackedRun(tracking_uri, run_id).history("quick_pq/all") if run_id else ():
+                store.add_result(trial.name, step, pq)
+        except (UserError, ValueError, KeyError, TypeError) as error:  # the trial itself will report the cause
             logger.warning("Earlier results of %s may be missing. %s", trial.name, error)
 
 
-def _run(trials: Mapping[str, TrainConfig], book: Book, config: SweepConfig, steps: int, at_once: int) -> None:
-    """Let Tune run the open trials; returns when all have ended, or when it was interrupted."""
-    # Not in the sweep's folder: an order to a trial must not depend on a storage that is full or away.
+def _run(runs: Mapping[str, PreparedRun], store: TrialStore, config: SweepConfig, at_once: int) -> None:
+    """Run the open trials with Tune; return when all have ended or the sweep was stopped."""
+    first = next(iter(runs.values()))
+    # Not in the sweep's folder: a stop must work even if the storage is full or unreachable.
     with tempfile.TemporaryDirectory(prefix="maskformer-sweep-", ignore_cleanup_errors=True) as scratch:
-        orders = Orders(scratch)
-        grace_period = config.grace_period or next(iter(trials.values())).evaluation.every
-        scheduler = SuccessiveHalving(grace_period, config.reduction_factor, steps, orders)
-        for known in book.records:
+        stop_requests = StopRequests(scratch)
+        grace_period = config.grace_period or first.config.evaluation.every
+        scheduler = SuccessiveHalving(grace_period, config.reduction_factor, first.total_steps, stop_requests)
+        for known in store.records:
             for step, pq in known.results:
                 scheduler.judge(known.name, step, pq)
-        asked = [{"name": name, "config": to_dict(trial), "orders": scratch} for name, trial in trials.items()]
-        with _interruptible(orders):
+
+        def request_stop() -> None:
+            stop_requests.add_all()
+            logger.info("Stopping: each trial saves after its current step. Ctrl-C again stops at once.")
+
+        # On the driver's node: a trial is the driver of its run, and must survive the loss of a worker's node.
+        here = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
+        with _tune_settings(), StopSignals(request_stop):
             tune.Tuner(
-                # On the driver's own node: a trial drives its run, and must not go down with a worker.
-                tune.with_resources(
-                    TrainingTrial, tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
-                ),
-                param_space={"trial": tune.grid_search(asked)},
+                tune.with_resources(tune.with_parameters(TrainingTrial, runs=runs), here),
+                param_space={"name": tune.grid_search(list(runs)), "stop_requests": scratch},
                 tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once),
                 run_config=tune.RunConfig(
                     name="tune",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[Recorder(book, orders, config.keep_gigabytes)],
-                    stop=_Interruption(orders, book),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial saves by itself
+                    callbacks=[Recorder(store, stop_requests, config.keep_gigabytes)],
+                    stop=_StopWhenRequested(stop_requests, store),
+                    # The run of a trial saves its checkpoints.
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             ).fit()
 
 
-class _Interruption(tune.Stopper):
-    """Ends Tune's loop once all are told to end and those that ran have done so."""
+class _StopWhenRequested(tune.Stopper):
+    """Ends Tune's loop once all trials were asked to stop and none is running."""
 
-    def __init__(self, orders: Orders, book: Book) -> None:
-        self._orders, self._book = orders, book
+    def __init__(self, stop_requests: StopRequests, store: TrialStore) -> None:
+        self._stop_requests, self._store = stop_requests, store
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._orders.all and not self._book.running
+        return self._stop_requests.all and not self._store.running
 
 
 @contextmanager
-def _interruptible(orders: Orders) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM, which `ray job stop` sends, end all trials, and the second all of it."""
+def _tune_settings() -> Iterator[None]:
+    """Turn off Tune's handling of Ctrl-C, and its log files and output, which duplicate those of the sweep."""
     settings = {
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it kills trials that take longer than seconds to save
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the truth is elsewhere
-        "RAY_AIR_NEW_OUTPUT": "0",  # it prints where those would be
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # kills trials that take more than seconds to save
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",  # prints the location of the files of those loggers
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it advises to restore what we do not
-    handlers: dict[signal.Signals, Any] = {}
-
-    def told(signum: int, frame: Any) -> None:
-        orders.end_all()
-        for kind in handlers:
-            signal.signal(kind, signal.default_int_handler)
-        logger.info("Stopping: each trial saves after its current step. Ctrl-C again stops at once.")
-
-    if threading.current_thread() is threading.main_thread():
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            handlers[kind] = signal.signal(kind, told)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # advises to restore by Tune, which the sweep does itself
     try:
         yield
     finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -326,36 +200,35 @@ def _interruptible(orders: Orders) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def conclude(base: TrainConfig, book: Book, run_id: str) -> TrialRecord:
-    """Write down what the sweep has found, in its folder and in MLflow; return the best trial.
+def conclude(base: TrainConfig, store: TrialStore, mlflow_run: TrackedRun) -> TrialRecord:
+    """Record the results of the sweep in its folder and in MLflow; return the best trial.
 
     Raises:
-        RunFailed: no trial has a result.
+        RunFailedError: no trial has a result.
     """
-    best = report.ranking(book.records)[0]
+    best = report.ranking(store.records)[0]
     if best.status == "failed" or math.isnan(best.last[1]):
         cause = best.cause or "it reported no quick PQ"
-        tracking.close_run(base.tracking.uri, run_id, "FAILED", {"cause": cause[:5000]})
-        raise RunFailed(
-            f"No trial of the sweep {base.run.name} came through. {best.name}: {cause.rstrip('.')}. The same command "
-            f"tries the failed ones again."
+        mlflow_run.close("FAILED", {"cause": cause[:5000]})
+        raise RunFailedError(
+            f"No trial of the sweep {base.run.name} has a result. {best.name}: {cause.rstrip('.')}. Correct the cause "
+            f"and repeat the command: failed trials are tried again."
         )
-    if report.tied(book.records):
+    if report.tied(store.records):
         logger.warning(
-            "Every trial ends with a quick PQ of %.1f: none is better than another. Train longer (--run.steps).",
+            "All trials end with the same quick PQ of %.1f, so none is the best. Train longer (--run.steps).",
             100 * best.last[1],
         )
-    config = with_leaves(base, best.values)
-    config = replace(config, run=replace(config.run, name=""))  # it is to be trained under a name of its own
+    config = with_overrides(base, best.values)
+    config = replace(config, run=replace(config.run, name=""))  # a training with this configuration gets its own name
     files = {
         "best.json": json.dumps(to_dict(config), indent=1).encode(),
-        "trials.csv": report.csv(book.records).encode(),
-        "importance.txt": report.importance_text(book.records).encode(),
-        "parallel_coordinates.png": report.parallel_coordinates(book.records),
+        "trials.csv": report.csv(store.records).encode(),
+        "importance.txt": report.importance_text(store.records).encode(),
     }
     for file, content in files.items():
-        (book.folder / file).write_bytes(content)
-    tracking.log_files(base.tracking.uri, run_id, files)
-    tags = {"best": best.name, **{leaf: str(value) for leaf, value in best.values.items()}}
-    tracking.close_run(base.tracking.uri, run_id, "FINISHED", tags)
+        (store.folder / file).write_bytes(content)
+    mlflow_run.log_files(files)
+    tags = {"best": best.name, **{name: str(value) for name, value in best.values.items()}}
+    mlflow_run.close("FINISHED", tags)
     return best

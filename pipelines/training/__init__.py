@@ -1,6 +1,7 @@
-"""Training: `fit` is the way in."""
+"""Training: `fit` is the entry point."""
 
 from pipelines.training.driver import TrainResult, fit
-from pipelines.training.watch import Listener
+from pipelines.training.monitor import TrainCallbacks
+from pipelines.training.preflight import PreparedRun, prepare_run
 
-__all__ = ["Listener", "TrainResult", "fit"]
+__all__ = ["PreparedRun", "TrainCallbacks", "TrainResult", "fit", "prepare_run"]

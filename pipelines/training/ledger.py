@@ -1,6 +1,6 @@
-"""The ledger of a run: every attempt with its cause of death, and what it cost.
+"""The ledger of a run: every attempt, why it ended, and how many steps that cost.
 
-One JSON line per event in <run>/ledger.jsonl, written by the driver alone. `start` opens an attempt (a group of
+One JSON line per event in <run>/ledger.jsonl, written only by the driver. `start` opens an attempt (a group of
 workers), `failure` or `end` closes it.
 """
 
@@ -20,25 +20,25 @@ logger = logging.getLogger(__name__)
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
 )
-"""What the surviving workers say when another one is gone."""
+"""Errors of the surviving workers after another one was lost."""
 
 _NODE_LOST = re.compile(r"^.*\bnode has died.*$", re.MULTILINE)
-"""What Ray says of a worker whose node is gone, below a headline that does not."""
+"""The line in Ray's error about a worker whose node was lost; the first line of that error does not name the cause."""
 
 
 class Ledger:
     """Appends events to a run's ledger."""
 
     def __init__(self, run: Location) -> None:
-        self._place = run / "ledger.jsonl"
+        self._file = run / "ledger.jsonl"
         self.events: list[dict[str, Any]] = read(run)
 
     def add(self, event: str, **facts: Any) -> None:
-        """Write one event down. If the storage refuses, a run goes on without; the next event writes all of them."""
+        """Add an event. If the storage refuses, the run continues; the next event writes all of them."""
         self.events.append({"event": event, "time": round(time.time(), 3), **facts})
         # Rewritten whole: an object store cannot append, and a run has few events.
         try:
-            self._place.write_text("".join(json.dumps(line) + "\n" for line in self.events))
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in self.events))
         except (UserError, OSError) as error:
             logger.warning("The ledger is not up to date. %s", error)
 
@@ -54,12 +54,12 @@ class Ledger:
 
 def read(run: Location) -> list[dict[str, Any]]:
     """Return the events of a run's ledger, oldest first."""
-    place = run / "ledger.jsonl"
-    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+    file = run / "ledger.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def cause(failures: dict[int, BaseException]) -> str:
-    """Say in one line what ended an attempt: the failure that is not merely the consequence of another."""
+    """Return in one line what ended an attempt: the failure that is not a consequence of another one."""
     described = {rank: _last_line(error) for rank, error in failures.items()}
     first = [rank for rank, text in described.items() if not _CONSEQUENCE.search(text)]
     rank = (first or list(described))[0]
@@ -67,10 +67,10 @@ def cause(failures: dict[int, BaseException]) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    error = getattr(error, "health_check_failure", error)  # Ray Train wraps what Ray says of a worker
+    error = getattr(error, "health_check_failure", error)  # Ray Train wraps Ray's error about a worker
     if lost := _NODE_LOST.search(str(error)):
         return f"its node was lost. {lost[0].strip()}"[:500]
-    if isinstance(error, ActorUnavailableError):  # what Ray says first, as long as it knows no more
+    if isinstance(error, ActorUnavailableError):  # Ray's first error, while it knows no more
         return "its process or its node was lost; Ray cannot reach it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends with the exception; Ray's notice of a dead actor begins with it. Ray Data's own

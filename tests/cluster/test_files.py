@@ -20,8 +20,8 @@ import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipelines.config import STORAGE, TRAIN_DATA, VAL_DATA, TrainConfig
-from pipelines.recipes import R50_MMDET, SWIN_L_MMDET
+from pipelines.config.recipes import R50_MMDET, SWIN_L_MMDET
+from pipelines.config.train import TrainConfig
 from tests.cluster.kustomize import containers, documents, pods, render
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +300,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_every_job_takes_the_flags_it_is_given(
     job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [job, "--help"])
+    monkeypatch.setattr(sys, "argv", [job, "--help-all"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / job), run_name="__main__")
     known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
@@ -330,7 +330,12 @@ def environment(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["kubernetes", "ray up"])
 def test_the_environment_holds_what_the_jobs_and_ray_read(name: str) -> None:
     variables = environment(name)
-    assert {TRAIN_DATA, VAL_DATA, STORAGE, "MLFLOW_TRACKING_URI"} <= variables.keys()
+    assert {
+        "MASKFORMER_TRAIN_DATA",
+        "MASKFORMER_VAL_DATA",
+        "MASKFORMER_STORAGE",
+        "MLFLOW_TRACKING_URI",
+    } <= variables.keys()
     folder = Path(str(ray.__file__)).parent
     readers = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "train/v2/_internal/constants.py",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pipelines.config import TrainConfig
+from pipelines.config.train import TrainConfig
 
 
 def flag(name: str, value: Any) -> list[str]:

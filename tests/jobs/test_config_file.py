@@ -1,4 +1,4 @@
-"""`--config FILE`: recipe < file < flags, for every job that trains, and mistakes explained with status 2."""
+"""`--config FILE`: recipe < file < flags, for every job that trains, and user errors are explained with status 2."""
 
 import json
 import re
@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-import pipelines.demo
+import pipelines.demo.run
 import pipelines.training
 from jobs import plan, train_demo, train_r50
-from jobs.cli import run
-from pipelines.config import TrainConfig, resolve, to_dict
+from jobs.shared.cli import run
+from pipelines.config.recipes import DEMO, R50_MMDET, R50_ORIGINAL
+from pipelines.config.resolve import resolve
+from pipelines.config.serialize import VERSION, to_dict
+from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
-from pipelines.recipes import DEMO, R50_MMDET, R50_ORIGINAL
 from pipelines.storage import locate
 
 Train = Callable[..., TrainConfig]
@@ -65,7 +67,7 @@ def test_flags_override_the_file_and_the_file_the_recipe(train: Train, write: Wr
     assert train() == R50_MMDET
 
 
-def test_leaves_are_nested_or_dotted(train: Train, write: Write) -> None:
+def test_settings_are_nested_or_dotted(train: Train, write: Write) -> None:
     config = train("--config", write({"data.augment.short-sides": [3, 4], "data": {"augment": {"long_side": 5}}}))
     augment = replace(R50_MMDET.data.augment, short_sides=(3, 4), long_side=5)
     assert config == replace(R50_MMDET, data=replace(R50_MMDET.data, augment=augment))
@@ -87,7 +89,7 @@ def test_the_record_of_a_run_is_all_of_it_but_its_name(train: Train, write: Writ
             run=replace(R50_ORIGINAL.run, name="first", storage=str(tmp_path), steps=9),
         )
     )
-    record = {"config": to_dict(ran), "data_hash": "0", "total_steps": 9, "mlflow_run_id": "1"}
+    record = {"version": VERSION, "config": to_dict(ran), "data_hash": "0", "total_steps": 9, "mlflow_run_id": "1"}
     assert train("--config", write(record)) == replace(ran, run=replace(ran.run, name=""))
     assert train("--config", write(record), "--run.name", "second").run.name == "second"
     assert train("--config", write(to_dict(ran))) == ran
@@ -105,7 +107,7 @@ def test_the_demo_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) ->
         started.append(config)
         raise UserError("The demonstration starts here.")
 
-    monkeypatch.setattr(pipelines.demo, "run_demo", run_demo)
+    monkeypatch.setattr(pipelines.demo.run, "run_demo", run_demo)
     monkeypatch.setattr(sys, "argv", ["job", "--config", write({"run.steps": 3}), "--run.seed", "4"])
     with pytest.raises(UserError, match="starts here"):
         train_demo.main()
@@ -120,27 +122,32 @@ def test_a_plan_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch, caps
     assert "1,234 = 9,872 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("main", [plan.main, train_demo.main, train_r50.main])
+@pytest.mark.parametrize("main", [plan.main, train_r50.main])
 def test_help_names_the_flag(
     main: Callable[[], int | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["job", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         main()
-    assert "--config STR" in capsys.readouterr().out
+    assert "--config FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [
-        ("", [], r"{file} is not JSON: .*Give --config a JSON object of leaves, such as"),
+        ("", [], r"{file} is not JSON: .*Give --config a JSON object of settings, such as"),
         ('{"run": ', [], r"{file} is not JSON: "),
         ("\udcff", [], r"{file} is not JSON: "),
         ("[1]", [], r"{file} holds a list\. Give --config a JSON object"),
-        ('{"optimizer": {"momentum": 0.9}}', [], r"{file} cannot be used .* no leaf 'optimizer\.momentum'"),
-        ('{"config": 1}', [], r"{file} cannot be used .* no leaf 'config'"),
-        ('{"config": {"model": {"depth": 1}}}', [], r"{file} cannot be used .* no leaf 'model\.depth'"),
-        ('{"run": {"steps": "9"}}', [], r"{file} cannot be used .* run\.steps is a whole number"),
+        ('{"optimizer": {"momentum": 0.9}}', [], r"{file} cannot be used .* no setting 'optimizer\.momentum'"),
+        ('{"config": 1}', [], r"{file} cannot be used .* no setting 'config'"),
+        (
+            '{"config": {}, "data_hash": "0"}',
+            [],
+            r"{file} was written by another version of maskformer-ray \(version 1",
+        ),
+        ('{"config": {"model": {"depth": 1}}}', [], r"{file} cannot be used .* no setting 'model\.depth'"),
+        ('{"run": {"steps": "9"}}', [], r"{file} cannot be used .* run\.steps must be an integer"),
         ('{"run": {"steps": 0}}', [], r"{file} cannot be used .* A run needs at least one step"),
         (
             '{"recipe": "demo"}',
@@ -172,8 +179,8 @@ def test_a_file_that_cannot_be_used(
 def test_a_file_that_is_not_there(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = str(tmp_path / name)
-    assert_refused(["--config", place], f"There is no file {place}. Give --config a JSON", monkeypatch, capsys)
+    path = str(tmp_path / name)
+    assert_refused(["--config", path], f"There is no file {path}. Give --config a JSON", monkeypatch, capsys)
 
 
 def assert_refused(

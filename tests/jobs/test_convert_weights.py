@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.cli import run
 from jobs.convert_weights import main
+from jobs.shared.cli import run
 from maskformer import ModelConfig, Taxonomy, build_model, weights
-from pipelines import checkpoint
-from pipelines.checkpoint import TrainingState
-from pipelines.recipes import DEMO
+from pipelines.checkpoints import state as checkpoint
+from pipelines.checkpoints.state import TrainingState
+from pipelines.config.recipes import DEMO
 from pipelines.storage import locate
 
 CONFIG = ModelConfig(num_classes=2, num_queries=3, hidden_dim=32, feedforward_dim=8, encoder_layers=0, decoder_layers=1)
@@ -20,7 +20,7 @@ ANIMALS = Taxonomy.from_coco([{"id": 4, "name": "cow", "isthing": 1}, {"id": 9, 
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "animals.safetensors"
     weights.save(build_model(CONFIG), path, taxonomy=ANIMALS)
     return path
@@ -33,28 +33,37 @@ def convert(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_around_through_every_format(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+def test_around_through_every_format(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
     """The file that comes back is the one that went out, to the byte."""
     categories = tmp_path / "categories.json"
     categories.write_text(json.dumps({"categories": ANIMALS.to_coco(), "images": []}))
-    source = own
-    for to in ("huggingface", "mmdet", "own"):
-        given = ["--categories", categories] if source != own else []  # only our files say what is a thing
+    source = native
+    for to in ("huggingface", "mmdet", "native"):
+        given = ["--categories", categories] if source != native else []  # only our files say what is a thing
         assert convert(monkeypatch, "--input", source, "--output", tmp_path / to, "--to", to, *given) == 0
         assert capsys.readouterr().out.endswith(f"written to {tmp_path / to}\n")
         source = tmp_path / to
-    assert source.read_bytes() == own.read_bytes()
-    assert convert(monkeypatch, "--input", own, "--output", source, "--to", "own") == 0  # nothing left to do
+    assert source.read_bytes() == native.read_bytes()
+    assert convert(monkeypatch, "--input", native, "--output", source, "--to", "native") == 0  # nothing left to do
 
 
-def test_classes_are_fitted_by_name(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+def test_classes_are_fitted_by_name(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text(
         json.dumps([*ANIMALS.to_coco(), {"id": 1, "name": "sheep", "isthing": 1, "color": [1, 2, 3]}])
     )
-    arguments = ["--input", own, "--output", tmp_path / "more", "--to", "own", "--categories", tmp_path / "more.json"]
+    arguments = [
+        "--input",
+        native,
+        "--output",
+        tmp_path / "more",
+        "--to",
+        "native",
+        "--categories",
+        tmp_path / "more.json",
+    ]
     assert convert(monkeypatch, *arguments) == 0
-    assert "classes that start anew: 1 (sheep)" in capsys.readouterr().out
-    assert weights.detect(tmp_path / "more").num_classes == 3
+    assert "classes initialized randomly: 1 (sheep)" in capsys.readouterr().out
+    assert weights.detect_config(tmp_path / "more").num_classes == 3
     assert weights.class_names(weights.read(tmp_path / "more")) == ("sheep", "cow", "meadow")
 
 
@@ -62,14 +71,14 @@ def test_a_checkpoint_of_a_training(monkeypatch, capsys, tmp_path: Path) -> None
     config = replace(DEMO, model=replace(DEMO.model, num_classes=2, num_heads=2))
     model = build_model(config.model)
     place = locate(tmp_path / "step_00000001")
-    checkpoint.save(place, TrainingState(1, dict(model.state_dict()), {}, {}), config, ANIMALS)
-    assert convert(monkeypatch, "--input", place, "--output", tmp_path / "own", "--to", "own") == 0
-    file = weights.read(tmp_path / "own")
-    assert (weights.detect(file), weights.stated_taxonomy(file)) == (config.model, ANIMALS)
+    checkpoint.save(place, TrainingState(1, dict(model.state_dict()), {}), config, ANIMALS)
+    assert convert(monkeypatch, "--input", place, "--output", tmp_path / "native", "--to", "native") == 0
+    file = weights.read(tmp_path / "native")
+    assert (weights.detect_config(file), weights.stated_taxonomy(file)) == (config.model, ANIMALS)
     assert all(torch.equal(file.tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
+def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
     """Each is one paragraph and exit status 2."""
     (tmp_path / "page.pth").write_text("<html>")
     torch.save({f"layer1.{name}": torch.zeros(1) for name in "ab"}, tmp_path / "backbone.pth")
@@ -81,16 +90,16 @@ def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     output = tmp_path / "output"
     for message, *arguments in (
-        ("There is nothing at", tmp_path / "nothing", output, "own"),
-        ("is a web page", tmp_path / "page.pth", output, "own"),
-        ("not a whole MaskFormer", tmp_path / "backbone.pth", output, "own"),
-        ("not a whole model: it lacks 6 tensors", tmp_path / "half.pth", output, "own"),
-        ("no tensor of a MaskFormer", tmp_path / "weird.pth", output, "own"),
-        ("something else at", own, tmp_path / "taken", "mmdet"),
-        ("but not which of them are things", tmp_path / "names.pth", output, "own"),
-        ("has no categories (KeyError", own, output, "own", "--categories", tmp_path / "bad.json"),
-        ("No such file or directory", own, output, "own", "--categories", tmp_path / "nothing.json"),
-        ("File exists", own, tmp_path / "taken" / "output", "own"),
+        ("There is nothing at", tmp_path / "nothing", output, "native"),
+        ("is a web page", tmp_path / "page.pth", output, "native"),
+        ("not a complete MaskFormer", tmp_path / "backbone.pth", output, "native"),
+        ("not a complete model: it lacks 6 tensors", tmp_path / "half.pth", output, "native"),
+        ("no tensor of a MaskFormer", tmp_path / "weird.pth", output, "native"),
+        ("already exists with other content", native, tmp_path / "taken", "mmdet"),
+        ("but not which of them are things", tmp_path / "names.pth", output, "native"),
+        ("has no categories (KeyError", native, output, "native", "--categories", tmp_path / "bad.json"),
+        ("No such file or directory", native, output, "native", "--categories", tmp_path / "nothing.json"),
+        ("File exists", native, tmp_path / "taken" / "output", "native"),
     ):
         source, target, to, *more = arguments
         assert convert(monkeypatch, "--input", source, "--output", target, "--to", to, *more) == 2
@@ -102,9 +111,10 @@ def test_bad_input(monkeypatch, capsys, own: Path, tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_no_ray_is_needed() -> None:
-    code = "import sys; sys.modules['ray'] = None; from jobs.cli import run; from jobs.convert_weights import main; "
-    code += "sys.argv[1:] = ['--help']; run(main)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_no_ray_is_needed(native: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; from jobs.shared.cli import run; "
+    code += "from jobs.convert_weights import main; run(main)"
+    arguments = ["--input", str(native), "--output", str(tmp_path / "mmdet.pth"), "--to", "mmdet"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "--input" in result.stdout
+    assert weights.detect_config(tmp_path / "mmdet.pth").num_classes == 2

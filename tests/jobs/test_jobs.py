@@ -1,4 +1,4 @@
-"""What people meet at the command line: help without Ray, and mistakes explained in one paragraph with status 2."""
+"""The command line of the jobs: user errors are explained in one paragraph, with exit status 2."""
 
 import json
 import os
@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from jobs import evaluate, train_r50
-from jobs.cli import run
+from jobs.shared.cli import run
 from maskformer import build_model
 from maskformer.optim import build_optimizer
-from pipelines import checkpoint, cluster
-from pipelines.config import TrainConfig, resolve, to_dict
+from pipelines.checkpoints.state import TrainingState, save, step_folder
+from pipelines.config.recipes import R50_MMDET
+from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import open_pack
 from pipelines.errors import UserError
-from pipelines.recipes import R50_MMDET
 from pipelines.storage import locate
+from pipelines.training import driver, prepare_run
 from tests.jobs.command_line import flags
 
 ROOT = Path(__file__).parents[2]
-JOBS = sorted(file.stem for file in (ROOT / "jobs").glob("*.py") if "__main__" in file.read_text())
 NOBODY = "http://127.0.0.1:9"  # the discard port
 
 
@@ -94,34 +94,24 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a job come as far as Ray and no further."""
+    """Let a training come as far as Ray and no further."""
 
     @contextmanager
     def session() -> Iterator[None]:
         raise UserError("Ray would be started now.")
         yield
 
-    monkeypatch.setattr(cluster, "session", session)
+    monkeypatch.setattr(driver, "session", session)
 
 
-def test_help_and_description_answer_without_ray() -> None:
-    code = (
-        "import runpy, sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
-        "for sys.argv in [line.split() for line in sys.argv[1:]]:\n"
-        "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "    except SystemExit as end: print('exit', end.code)"
-    )
-    lines = [f"jobs/{job}.py --help" for job in JOBS] + ["jobs/train_r50.py --describe --recipe r50_original"]
-    result = subprocess.run([sys.executable, "-c", code, *lines], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_description_answers_without_ray() -> None:
+    code = "import runpy, sys; sys.modules['ray'] = sys.modules['mlflow'] = None; del sys.argv[0]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    line = ["jobs/train_r50.py", "--describe", "--recipe", "r50_original"]
+    result = subprocess.run([sys.executable, "-c", code, *line], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    *answers, description, rest = result.stdout.split("exit 0\n")
-    assert rest == ""
-    for job, answer in zip(JOBS, answers, strict=True):
-        assert answer.startswith(f"usage: jobs/{job}.py")
-        assert len(re.findall(r"^│ (--[\w.-]+).*$", answer, re.MULTILINE)) >= 4
-        assert answer.split("\n\n")[1].strip() not in ("", "None")  # what the job is for
-    assert description.startswith("recipe        r50_original\n")
-    assert "x0.1 from step 369,600 " in description
+    assert result.stdout.startswith("recipe        r50_original\n")
+    assert "x0.1 from step 369,600 " in result.stdout
 
 
 def test_a_recipe_of_another_job(refused: Refused) -> None:
@@ -152,17 +142,17 @@ def half_a_pack(folder: Path) -> None:
     [
         (lambda folder: folder.rmdir(), "There is no pack at {folder}; give the output folder of prepare_data.py."),
         (other_files, "There is no pack at {folder}; give the output folder of prepare_data.py."),
-        (half_a_pack, "The pack {folder} is not complete; run the prepare_data.py that began it again."),
+        (half_a_pack, "The pack {folder} is not complete; run prepare_data.py again with the same arguments."),
     ],
 )
-@pytest.mark.parametrize("leaf", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_data_that_is_no_pack(
-    refused: Refused, config: TrainConfig, tmp_path: Path, storage: Path, leaf: str, fill: Any, message: str
+    refused: Refused, config: TrainConfig, tmp_path: Path, storage: Path, split: str, fill: Any, message: str
 ) -> None:
     folder = tmp_path / "pack"
     folder.mkdir()
     fill(folder)
-    config = replace(config, data=replace(config.data, **{leaf: str(folder)}))
+    config = replace(config, data=replace(config.data, **{split: str(folder)}))
     assert refused.train(config) == f"error: {message.format(folder=folder)}"
     assert not storage.exists()
 
@@ -178,15 +168,15 @@ def test_data_that_is_no_pack(
         (["--weights", "imagenet"], r"no ImageNet weights for the backbone 'small'\. Use --weights none"),
         (["--weights", "/nowhere/r50.pth", "--model.backbone", "resnet50"], r"nothing at /nowhere/r50\.pth\. Give "),
         (["--weights", "imagenet", "--model.backbone", "resnet50"], r"are not at .*torch/hub/checkpoints/resnet50"),
-        (["--weights", str(ROOT / "LICENSE"), "--model.backbone", "resnet50"], r"LICENSE is of an unknown format"),
+        (["--weights", str(ROOT / "LICENSE"), "--model.backbone", "resnet50"], r"LICENSE has an unknown format"),
         (["--tracking.uri", NOBODY], rf"MLflow server {NOBODY} does not answer: .*--tracking\.uri"),
         (["--tracking.uri", "sqlite:////dev/null/mlflow.db"], r"/dev/null/mlflow\.db cannot be written"),
-        (["--tracking.uri", "mlruns"], r"does not keep runs in a plain folder"),
+        (["--tracking.uri", "mlruns"], r"no longer keeps runs in a plain folder"),
         (["--run.storage", "/dev/null/runs"], r"Cannot write /dev/null/runs/\.writable"),
         (["--run.storage", "nothing://runs"], r"Cannot open nothing://runs"),
     ],
 )
-def test_a_mistake_is_explained_before_anything_starts(
+def test_a_user_error_is_explained_before_anything_starts(
     refused: Refused, config: TrainConfig, storage: Path, more: list[str], message: str
 ) -> None:
     start = time.monotonic()
@@ -226,11 +216,7 @@ def test_following_the_advice_gets_a_gpu_recipe_started_on_a_cpu(
 def test_a_run_keeps_its_configuration_and_its_data(
     refused: Refused, config: TrainConfig, packs: dict[str, str], storage: Path
 ) -> None:
-    known = {
-        "config": to_dict(resolve(config)),
-        "data_hash": open_pack(packs["train"]).data_hash,
-        "total_steps": config.run.steps,
-    }
+    known = prepare_run(config).record
     (storage / "run").mkdir(parents=True)
     (storage / "run" / "config.json").write_text(json.dumps(known))
     assert refused.train(config) == "error: Ray would be started now."
@@ -243,6 +229,20 @@ def test_a_run_keeps_its_configuration_and_its_data(
     assert "the data in data.train: " in complaint
     assert (storage / "run" / "config.json").read_bytes() == record
     assert refused.train(config, "--scaling.workers", "4") == "error: Ray would be started now."
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_run_of_an_earlier_version_is_left_to_it(refused: Refused, config: TrainConfig, storage: Path) -> None:
+    record = prepare_run(config).record
+    del record["version"]  # the first version wrote none
+    model = record["config"]["model"]
+    model["initialisation"] = model.pop("initialization")  # codespell:ignore
+    (storage / "run").mkdir(parents=True)
+    (storage / "run" / "config.json").write_text(json.dumps(record))
+    complaint = refused.train(config)
+    assert f"{storage}/run was started by another version" in complaint
+    assert "Resume it with the version that started it, or choose another --run.name." in complaint
+    assert json.loads((storage / "run" / "config.json").read_text()) == record
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -260,7 +260,9 @@ def test_too_few_cpus_are_refused_with_numbers(refused: Refused, config: TrainCo
     start = time.monotonic()
     complaint = refused.train(config, "--scaling.cpus-per-worker", "50", "--scaling.data-cpus", "7")
     assert re.search(
-        r"too small: 107 CPU needed, \d+ CPU there\. 2 workers take 50 CPU each, the data tasks 7", complaint
+        r"The run needs 107 CPU: 2 workers with 50 CPU each, and 7 CPU for data tasks\. The cluster has \d+ CPU, "
+        r"with room for 0 workers of this size\.",
+        complaint,
     )
     assert "--scaling.cpus-per-worker" in complaint
     assert time.monotonic() - start < 30
@@ -303,12 +305,10 @@ def test_a_cluster_of_another_version(config: TrainConfig, ray_session: str) -> 
 def trained(config: TrainConfig, storage: Path) -> str:
     """Return the folder of a run with a checkpoint."""
     model = build_model(config.model)
-    state = checkpoint.TrainingState(
-        5, model.state_dict(), build_optimizer(model, config.optimizer).state_dict(), surroundings={}
-    )
-    place = locate(storage) / "run"
-    checkpoint.save(checkpoint.folder(place, 5), state, config, open_pack(config.data.train).taxonomy)
-    return str(place)
+    state = TrainingState(5, model.state_dict(), build_optimizer(model, config.optimizer).state_dict())
+    folder = locate(storage) / "run"
+    save(step_folder(folder, 5), state, config, open_pack(config.data.train).taxonomy)
+    return str(folder)
 
 
 def test_evaluating_nothing(refused: Refused, packs: dict[str, str], tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_evaluating_nothing(refused: Refused, packs: dict[str, str], tmp_path: P
     assert f"There is nothing at {tmp_path}/run. Give a run's folder" in complaint
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     complaint = refused(evaluate.main, ["--checkpoint", str(tmp_path / "run"), "--data", packs["val"]])
-    assert f"No checkpoint can be read from {tmp_path}/run: it has no checkpoints/step_* folder." in complaint
+    assert f"{tmp_path}/run has no complete checkpoint in checkpoints/step_*." in complaint
 
 
 @pytest.mark.ray

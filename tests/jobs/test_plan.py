@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs import plan
-from jobs.cli import run
+from jobs.shared.cli import run
 from tests.jobs.command_line import flag
 
 SMALL = [
@@ -39,11 +39,11 @@ def test_every_figure_says_what_it_rests_on(planned: Callable[..., Answer]) -> N
     status, out, _ = planned("--recipe", "swin_l_mmdet", *SMALL)
     assert status in (None, 0)
     figures = [line for line in out.splitlines() if not line.startswith("warning: ")]
-    assert all(line[18:29].strip() in ("measured", "modelled", "published", "given") for line in figures)
+    assert all(line[18:29].strip() in ("measured", "modeled", "published", "given") for line in figures)
     assert "64 = 64 workers x 1 images x 1 accumulated" in out
     assert "8 node(s), 64 GPUs, 768 CPUs" in out
     assert re.search(r"^steps +published +554,471 = 35,486,144 images$", out, re.MULTILINE)
-    assert re.search(r"GPU hours x the price of one \(--price\)$", out, re.MULTILINE)
+    assert re.search(r"GPU hours x price per GPU hour \(--price\)$", out, re.MULTILINE)
 
 
 def test_the_price_is_hours_times_gpus_times_price(planned: Callable[..., Answer]) -> None:
@@ -52,7 +52,7 @@ def test_the_price_is_hours_times_gpus_times_price(planned: Callable[..., Answer
     (worst, gpu_hours) = re.findall(r"^price .* to ([\d,]+) = [\d,]+ to ([\d,]+) GPU hours x 2\.5$", out, re.MULTILINE)[
         0
     ]
-    (hours,) = re.findall(r"^hours +modelled +[\d.,]+ to ([\d.,]+) ", out, re.MULTILINE)
+    (hours,) = re.findall(r"^hours +modeled +[\d.,]+ to ([\d.,]+) ", out, re.MULTILINE)
     assert float(gpu_hours.replace(",", "")) == pytest.approx(8 * float(hours.replace(",", "")), abs=1)
     assert float(worst.replace(",", "")) == pytest.approx(2.5 * 8 * float(hours.replace(",", "")), abs=2)
     assert "warning: 4 of 8 GPUs are paid for and idle." in out
@@ -63,16 +63,20 @@ def test_a_recipe_for_cpus(planned: Callable[..., Answer]) -> None:
     assert status in (None, 0)
     assert "1 node(s), 0 GPUs, 2 CPUs" in out
     assert re.search(r"^steps +given +1,500 = 12,000 images$", out, re.MULTILINE)
+    assert re.search(r"^images +\w+ +1,600 that the demo draws$", out, re.MULTILINE)
     assert "price" not in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cluster.nodes", "1"], r"16 workers need a GPU each and the cluster has 8 on 1 node"),
+        (
+            ["--cluster.nodes", "1"],
+            r"needs 96 CPU, 16 GPU: 16 workers .* The cluster has 96 CPU, 8 GPU, with room for 8 workers",
+        ),
         (["--recipe", "r50"], r"There is no recipe 'r50' .* r50_mmdet, swin_l_mmdet, .*demo"),
         (["--live"], r"RAY_ADDRESS names none\. Set it, or describe one by --cluster"),
-        ([*SMALL, "--cluster.gpu-memory", "0.1"], r"needs \d+\.\d GB with 25 segments .* a GPU has 0\.1: "),
+        ([*SMALL, "--cluster.gpu-memory", "0.1"], r"needs \d+\.\d GB with 25 segments .* but a GPU has 0\.1 GB\. "),
     ],
 )
 def test_refusals(planned: Callable[..., Answer], arguments: list[str], message: str) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run
 from jobs.prepare_data import main
-from tests.pipelines.coco_folder import SPLIT, edit_json, json_file, write_coco_folder
+from jobs.shared.cli import run
+from tests.pipelines.data.coco_folder import SPLIT, edit_json, json_file, write_coco_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +77,7 @@ BAD_INPUTS = {
     "instances (detection)": lambda folder: edit_json(folder, instances),
     "not valid JSON": lambda folder: json_file(folder).write_text('{"images": ['),
     "no list categories": lambda folder: edit_json(folder, lambda document: document.pop("categories")),
-    "holds no image": lambda folder: edit_json(folder, lambda document: document.update(images=[], annotations=[])),
+    "holds no images": lambda folder: edit_json(folder, lambda document: document.update(images=[], annotations=[])),
     "does not exist": lambda folder: next((folder / SPLIT).iterdir()).unlink(),
     "has no entry": lambda folder: edit_json(folder, lambda document: document["images"].pop()),
     "has no annotation": lambda folder: edit_json(folder, lambda document: document["annotations"].pop()),
@@ -109,15 +109,6 @@ def subprocess_of(*arguments: str, **options) -> subprocess.CompletedProcess[str
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
-
-
-def test_help_answers_without_ray():
-    result = subprocess_of("-X", "importtime", "jobs/prepare_data.py", "--help")
-    assert result.returncode == 0
-    assert "--rows-per-shard" in result.stdout
-    modules = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "pipelines.data.pack" in modules
-    assert not modules & {"ray", "mlflow"}
 
 
 def test_a_full_disk_leaves_nothing_half_written(monkeypatch, folder, output, tmp_path):

@@ -1,4 +1,4 @@
-"""Real COCO pictures and the network of full size, through the very commands that people type."""
+"""Real COCO images and a full-size network, through the commands that users type."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines import checkpoint
+from pipelines.checkpoints import state as checkpoint
 from pipelines.storage import locate
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 
-SMALL_PICTURES = (
+SMALL_IMAGES = (
     "--data.augment.short-sides 96 128 --data.augment.long-side 200 --data.augment.crop-short-sides 100 "
     "--data.augment.crop-size 64 96 --evaluation.short-side 128 --evaluation.long-side 200"
 )
@@ -50,17 +50,17 @@ def test_r50_learns_from_coco(ray_session: str, tmp_path: Path) -> None:
 
     places = f"--data.train {pack} --data.val {pack} --run.storage {run.parent} --run.name {run.name}"
     length = f"--run.steps {STEPS} --run.global-batch 2 --tracking.log-every 1"
-    trained = job(f"jobs/train_r50.py {places} {length} {ONE_CPU} {SMALL_PICTURES}", ray_session)
+    trained = job(f"jobs/train_r50.py {places} {length} {ONE_CPU} {SMALL_IMAGES}", ray_session)
     assert trained.startswith(f"finished at step {STEPS}: {run}/checkpoints/step_{STEPS:08d}\n")
     record = json.loads((run / "config.json").read_text())
     client = MlflowClient(record["config"]["tracking"]["uri"])
     losses = client.get_metric_history(record["mlflow_run_id"], "loss/total")
     assert [metric.step for metric in losses] == [1, 2, 3]
     assert all(math.isfinite(metric.value) and metric.value > 0 for metric in losses)
-    state = checkpoint.load(checkpoint.folder(locate(run), STEPS))
+    state = checkpoint.load(checkpoint.step_folder(locate(run), STEPS))
     assert sum(tensor.numel() for name, tensor in state.model.items() if "running" not in name) > 45_000_000
 
-    scored = job(f"jobs/evaluate.py --checkpoint {run} --data {pack} --cpus 0.5", ray_session)
+    scored = job(f"jobs/evaluate.py --checkpoint {run} --data {pack} --scaling.cpus-per-worker 0.5", ray_session)
     assert re.search(r"^percent +PQ +SQ +RQ +classes$", scored, re.MULTILINE)
     assert re.search(r"^all +\d+\.\d +\d+\.\d +\d+\.\d +\d+$", scored, re.MULTILINE)
     assert f"2 images; predictions in {run}/evaluation/00000003-pack" in scored

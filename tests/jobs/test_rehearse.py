@@ -13,14 +13,14 @@ import psutil
 import pytest
 
 from jobs import plan
-from jobs.cli import run
+from jobs.shared.cli import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--scaling.workers", "4", "--scaling.data-cpus", "8", "--cluster.nodes", "1"]
 PLACE_64 = """
-from pipelines.recipes import SWIN_L_MMDET
-from pipelines.rehearsal import place
-from pipelines.simulation import Node
+from pipelines.config.recipes import SWIN_L_MMDET
+from pipelines.planning.placement import place
+from pipelines.cluster.simulated import Node
 placement = place(SWIN_L_MMDET, [Node(32, 8)] * 8 + [Node(16)] * 8)
 print(placement.workers, placement.data_cpus)
 """
@@ -53,17 +53,17 @@ def test_a_node_is_lost_and_no_sample(job: subprocess.Popen[str], tmp_path: Path
     assert status == 0, text
     rows = dict(re.findall(r"^(.{18})rehearsed  (.*)$", text, re.MULTILINE))
     facts = {name.strip(): value for name, value in rows.items()}
-    assert facts["placement"].startswith("4 workers, 4 on a node; ")
-    assert facts["run"] == "16 = 4 workers x 1 images x 4 accumulated, 2 + 2 on a node, 20 steps"
+    assert facts["placement"].startswith("4 workers, 4 by node; ")
+    assert facts["run"] == "16 = 4 workers x 1 images x 4 accumulated, 2 + 2 by node, 20 steps"
     lost, resumed, redone = map(
-        int, re.findall(r"after step (\d+); .* step (\d+) .* (\d+) steps", facts["loss of a node"])[0]
+        int, re.findall(r"after step (\d+); .* step (\d+) .* (\d+) steps", facts["node loss"])[0]
     )
     assert resumed % 5 == 0
     assert 0 < resumed < lost < 20
     assert redone == lost - resumed
-    assert "with 2 + 2 on a node" in facts["loss of a node"]
-    assert re.match(r"worker \d: its (process or its )?node was lost\b", facts["its cause"])
-    assert facts["samples"].startswith("320 positions, each taken once")
+    assert "with 2 + 2 by node" in facts["node loss"]
+    assert re.match(r"worker \d: its (process or its )?node was lost\b", facts["cause in ledger"])
+    assert facts["samples"].startswith("320 positions, each used once")
     assert left_behind() <= before
 
 
@@ -100,7 +100,7 @@ def test_64_workers_find_their_places_in_the_cluster_we_ship() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cluster.nodes", "1"], "16 workers need a GPU each and the cluster has 8"),
+        (["--cluster.nodes", "1"], "The recipe r50_mmdet needs 96 CPU, 16 GPU"),
         (["--live"], "leave --live out"),
     ],
     ids=["too small", "live"],
@@ -108,7 +108,7 @@ def test_64_workers_find_their_places_in_the_cluster_we_ship() -> None:
 def test_refused_before_anything_starts(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipelines.rehearsal.rehearse", lambda *_: pytest.fail("a rehearsal was started"))
+    monkeypatch.setattr("pipelines.planning.rehearsal.rehearse", lambda *_: pytest.fail("a rehearsal was started"))
     monkeypatch.setattr(sys, "argv", ["plan.py", "--rehearse", *arguments])
     with pytest.raises(SystemExit) as end:
         run(plan.main)

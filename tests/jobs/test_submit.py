@@ -24,14 +24,16 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import submit, train_r50
-from pipelines import checkpoint, submission
-from pipelines.config import STORAGE, TRAIN_DATA, TrainConfig
+from pipelines.checkpoints import state as checkpoint
+from pipelines.cluster import submission
+from pipelines.config.recipes import R50_MMDET
+from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
-from pipelines.recipes import R50_MMDET
 from pipelines.storage import locate
 from pipelines.training import ledger
 from tests import ray_nodes
 from tests.jobs.command_line import flags
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ("python", "jobs/train_r50.py")
@@ -42,7 +44,8 @@ def project(tmp_path: Path) -> Path:
     """Make a small project with our ignore files, and with everything that must not be sent."""
     root = tmp_path / "project"
     for name in ("jobs/train_r50.py", "maskformer/model.py", "pipelines/data/pack.py", "pyproject.toml", "sweep.json",
-                 "tests/jobs/test_cli.py", "cluster/README.md", ".ci/settings", ".git/objects/aa/bb", "mlflow.db",
+                 "tests/jobs/shared/test_cli.py", "docs/demo.png", "cluster/README.md", ".ci/settings", "mlflow.db",
+                 ".git/objects/aa/bb",
                  ".venv/bin/python", ".venv/lib/python3.11/x.py", "jobs/__pycache__/cli.pyc", ".hypothesis/unicode/a",
                  "maskformer_ray.egg-info/PKG-INFO", "runs/demo/config.json", "packed/train/shard-00000.parquet",
                  ".pytest_cache/v/cache/lastfailed", ".ruff_cache/0.1/a", "mlruns/0/meta.yaml"):  # fmt: skip
@@ -105,11 +108,11 @@ def test_another_folder_is_refused(refused: Refused, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        ([], "A command with a script of the project is needed after `--`, nothing comes after it"),
+        ([], "A command with a script of the project is needed after `--`, got nothing"),
         (["--", "python", "-m", "jobs.train_r50"], "is needed after `--`, got: python -m jobs.train_r50"),
         (["--", "python", "jobs/train.py"], "The script jobs/train.py will not be on the cluster: it is not in /"),
         (["--", "python", "/app/jobs/train_r50.py"], "The script /app/jobs/train_r50.py will not be on the cluster"),
-        (["--", "python", "tests/jobs/test_cli.py"], "it is left out by .gitignore or .rayignore"),
+        (["--", "python", "tests/jobs/shared/test_cli.py"], "it is excluded by .gitignore or .rayignore"),
     ],
 )
 def test_a_command_that_cannot_run_there_is_refused(refused: Refused, command: list[str], complaint: str) -> None:
@@ -126,7 +129,7 @@ def test_too_much_to_send_is_refused_with_the_largest(refused: Refused, project:
     assert "The largest: photographs/ 3.0 MiB, weights.pth 0.5 MiB, " in complaint
     assert ".rayignore" in complaint
     (project / ".rayignore").write_text("/photographs\n")
-    assert "No address is given" in refused("--max-mib", "1", "--", *TRAIN)
+    assert "No address to submit jobs to is set." in refused("--max-mib", "1", "--", *TRAIN)
 
 
 def test_variables_are_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,18 +143,18 @@ def test_variables_that_mean_nothing_are_refused(refused: Refused, setting: str,
 
 
 def test_an_address_is_needed(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "No address is given that jobs can be submitted to." in refused("--", *TRAIN)
+    assert "No address to submit jobs to is set." in refused("--", *TRAIN)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert "10.0.0.1:6379 is no address that jobs can be submitted to." in refused("--", *TRAIN)
+    assert "Jobs cannot be submitted to 10.0.0.1:6379." in refused("--", *TRAIN)
 
 
 def test_nobody_at_the_address(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     [port] = ray_nodes.free_ports(1)
     monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{port}")  # used if it is a dashboard's
-    assert f"Nobody answers at http://127.0.0.1:{port}: [Errno 111] Connection refused." in refused("--", *TRAIN)
+    assert f"Nothing answers at http://127.0.0.1:{port}: [Errno 111] Connection refused." in refused("--", *TRAIN)
     monkeypatch.setenv(submission.ADDRESS, "http://127.0.0.1:9")  # rather than RAY_ADDRESS
-    assert "Nobody answers at http://127.0.0.1:9: " in refused("--", *TRAIN)
-    assert f"Nobody answers at http://localhost:{port}: " in refused(
+    assert "Nothing answers at http://127.0.0.1:9: " in refused("--", *TRAIN)
+    assert f"Nothing answers at http://localhost:{port}: " in refused(
         "--address", f"http://localhost:{port}", "--", *TRAIN
     )
 
@@ -184,7 +187,7 @@ def server() -> Iterator[http.server.ThreadingHTTPServer]:
     [
         (200, b'{"ray_version": "2.44.1"}', f"runs Ray 2.44.1, this program Ray {ray.__version__}."),
         (401, b"Missing token", "no token was sent (401). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
-        (403, b"Wrong token", "the token is another (403). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        (403, b"Wrong token", "the token that was sent is wrong (403). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
         (404, b"", "is not Ray's dashboard (HTTP status 404)"),
         (200, b"<html>MLflow</html>", "is not Ray's dashboard (JSONDecodeError"),
         (200, b"[1]", "is not Ray's dashboard (TypeError"),
@@ -255,7 +258,7 @@ def test_credentials_that_are_missing_are_named(
     assert seconds < 30
     assert (seconds > 5) == (metadata == "silent")  # or the hole was not asked
     complaint = str(refusal.value)
-    assert re.match(r"Cannot look at s3://nowhere/packed/manifest.json: .*ACCESS_DENIED", complaint)
+    assert re.match(r"Cannot access s3://nowhere/packed/manifest.json: .*ACCESS_DENIED", complaint)
     assert (
         "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which are not set here, or a role of the machine)" in complaint
     )
@@ -300,13 +303,6 @@ def submitted(head: ray_nodes.Head, tmp_path: Path) -> Iterator[Submit]:
         job.wait()
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + 400
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.1)
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -322,14 +318,14 @@ def test_a_round_from_the_folder_to_a_checkpoint(
     driver.write_text(driver.read_text() + "\nlogger.error('sent with the job')\n")
     nowhere = replace(tiny, data=replace(tiny.data, train=""), run=replace(tiny.run, storage="", steps=2))
     job = submitted(
-        "log", "--name", "round", "--env", TRAIN_DATA, "--env", f"{STORAGE}={tmp_path}/runs",
-        "--", *TRAIN, *flags(nowhere, R50_MMDET), cwd=copy, **{TRAIN_DATA: tiny.data.train},
+        "log", "--name", "round", "--env", "MASKFORMER_TRAIN_DATA", "--env", f"MASKFORMER_STORAGE={tmp_path}/runs",
+        "--", *TRAIN, *flags(nowhere, R50_MMDET), cwd=copy, **{"MASKFORMER_TRAIN_DATA": tiny.data.train},
     )  # fmt: skip
     log = tmp_path / "log"
     assert job.wait(500) == 0, log.read_text()
     assert "sent with the job" in log.read_text()
     assert re.search(r"^job round succeeded$", log.read_text(), re.MULTILINE)
-    assert checkpoint.load(checkpoint.folder(locate(str(tmp_path / "runs/run")), 2)).step == 2
+    assert checkpoint.load(checkpoint.step_folder(locate(str(tmp_path / "runs/run")), 2)).step == 2
     [unpacked] = (head.folder / "session_latest/runtime_resources/working_dir_files").glob("_ray_pkg_*/")
     there = {
         path.relative_to(unpacked).as_posix()
@@ -390,14 +386,15 @@ def test_stopped_it_saves_and_submitted_again_it_goes_on(
     assert (end["event"], end["status"]) == ("end", "stopped")
     stopped = end["step"]
     assert stopped == max(steps_done()) + 1 < STEPS
-    assert checkpoint.load(checkpoint.folder(locate(str(run)), stopped)).step == stopped
+    assert checkpoint.load(checkpoint.step_folder(locate(str(run)), stopped)).step == stopped
 
     # Whoever only looks on may leave.
     second = submitted("second", "--name", "second", *command)
     wait_for(lambda: len(steps_done()) > 2 * stopped or second.poll() is not None, "more steps")
     os.killpg(second.pid, signal.SIGINT)
     assert second.wait(60) == 130
-    assert re.search(r"job second goes on\. To follow it: .* ray job logs --follow second; to stop it, .*stop second",
+    assert re.search(r"job second continues\. To follow it: .* ray job logs --follow second; "
+                     r"to save and stop it: .*stop second",
                      (tmp_path / "second").read_text())  # fmt: skip
     assert "Traceback" not in (tmp_path / "second").read_text()
     wait_for(lambda: client.get_job_status("second").is_terminal(), "end")
@@ -426,6 +423,6 @@ def test_a_token_is_needed_where_there_is_one(submitted: Submit, tmp_path: Path)
         assert re.search(r"error: .*there is no token on this machine\. Set RAY_AUTH_MODE=token", said)
         status, said = end("wrong", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 64)
         assert status == 2
-        assert re.search(r"error: .*the token is another \(403\)\.", said)
+        assert re.search(r"error: .*the token that was sent is wrong \(403\)\.", said)
         status, said = end("right", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64)
         assert status == 0, said

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,14 @@ import psutil
 import pytest
 import ray
 
-from pipelines.config import SweepConfig, TrainConfig
-from pipelines.recipes import DEMO
+from pipelines.config.recipes import DEMO
+from pipelines.config.sweep import SweepConfig
+from pipelines.config.train import TrainConfig
 from pipelines.sweep import sweep
 from tests.jobs.command_line import flags
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-
-
-def wait_for(condition: Callable[[], Any], what: str, job: subprocess.Popen[str], seconds: float = 900) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert job.poll() is None, f"the job ended without {what}"
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.1)
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[subprocess.Popen[str]]]:
-    """Collect the jobs that a test starts; none is left running when it fails."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for job in started:
-        if job.poll() is None:
-            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            job.wait()
 
 
 @pytest.mark.ray
@@ -84,7 +64,7 @@ def test_eight_trials_with_a_driver_killed(
 
     first = start(tmp_path / "log1")
     # Two have ended and the third is under way.
-    wait_for(lambda: len(ended()) >= 2 and begun("trial-002"), "two trials", first)
+    wait_for(lambda: len(ended()) >= 2 and begun("trial-002"), "two trials", first, seconds=900)
     family = psutil.Process(first.pid).children(recursive=True)
     before = {name: ((folder / name / "ledger.jsonl").read_text(), trials()[name]) for name in ended()}
     os.kill(first.pid, signal.SIGKILL)
@@ -153,7 +133,7 @@ def test_a_stopped_sweep_saves_and_goes_on(
     with (tmp_path / "log1").open("w") as file:
         job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True)
     jobs.append(job)
-    wait_for(lambda: [event["event"] for event in progress()] == ["start"], "a start", job)
+    wait_for(lambda: [event["event"] for event in progress()] == ["start"], "a start", job, seconds=900)
     job.terminate()
     told = time.monotonic()
     assert job.wait(600) == 130, (tmp_path / "log1").read_text()

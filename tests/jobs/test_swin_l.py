@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import checkpoint
-from pipelines.config import TrainConfig
+from pipelines.checkpoints import state as checkpoint
+from pipelines.config.train import TrainConfig
 from pipelines.storage import locate
 
 ROOT = Path(__file__).parents[2]
@@ -44,5 +44,5 @@ def test_two_steps(recipe: str, tiny: TrainConfig, tmp_path: Path, ray_session: 
     losses = [float(loss) for loss in re.findall(r"step \d/2 +loss (\S+)", result.stderr)]
     assert losses
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
-    state = checkpoint.load(checkpoint.folder(locate(tmp_path / recipe), 2))
+    state = checkpoint.load(checkpoint.step_folder(locate(tmp_path / recipe), 2))
     assert sum(tensor.numel() for tensor in state.model.values()) == 211_571_258 - (134 - 8) * 257

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 from jobs import train_demo
-from pipelines import demo
+from pipelines.demo import run as demo
 
 
 @pytest.mark.ray
@@ -26,7 +26,7 @@ def test_demo_goes_the_whole_way(
     printed = capsys.readouterr().out
     assert "MLFLOW_TRACKING_URI" not in os.environ  # a later run of this process chooses its own
     assert re.search(r"\nPQ \d+\.\d\n$", printed)
-    for part in ("untrained model", "nearest-colour baseline", "trained model", "MLflow run", "model version"):
+    for part in ("untrained model", "nearest-color baseline", "trained model", "MLflow run", "model version"):
         assert part in printed
 
     metrics = json.loads((tmp_path / "demo/evaluation/00000004-val/metrics.json").read_text())

@@ -62,7 +62,7 @@ def random_case(
 
 
 def labels(targets: Sequence[Targets]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each image's masks [N, H, W] as floats and its classes [N], made without our own code."""
+    """Return each image's masks [N, H, W] as floats and its classes [N], made without the code under test."""
     masks = [
         torch.stack([target.masks == number for number in range(1, len(target.classes) + 1)]).float()
         if len(target.classes)

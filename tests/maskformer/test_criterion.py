@@ -54,29 +54,29 @@ def slow_losses(
     for class_logits, mask_logits in zip(output.class_logits.detach(), output.mask_logits.detach(), strict=True):
         class_sum = weight_sum = focal_sum = dice_sum = 0.0
         pairs = match(class_logits, mask_logits, targets, config)
-        for image, (target, (queries, places)) in enumerate(zip(targets, pairs, strict=True)):
-            place_of = dict(zip(queries.tolist(), places.tolist(), strict=True))
+        for image, (target, (queries, indices)) in enumerate(zip(targets, pairs, strict=True)):
+            index_of = dict(zip(queries.tolist(), indices.tolist(), strict=True))
             height, width = target.masks.shape[-2:]
             size = (height, width)
             full = F.interpolate(mask_logits[image : image + 1].double(), size, mode="bilinear", align_corners=False)[0]
             for query in range(NUM_QUERIES):
                 row = class_logits[image, query].double().tolist()
                 wanted, weight = NUM_CLASSES, config.no_object_weight
-                if query in place_of:
-                    wanted, weight = int(target.classes[place_of[query]]), 1.0
+                if query in index_of:
+                    wanted, weight = int(target.classes[index_of[query]]), 1.0
                 highest = max(row)
                 log_sum = highest + math.log(sum(math.exp(logit - highest) for logit in row))
                 class_sum += weight * (log_sum - row[wanted])
                 weight_sum += weight
-                if query not in place_of:
+                if query not in index_of:
                     continue
                 pixel_sum = share_sum = target_sum = common = 0.0
                 for i in range(height):
                     for j in range(width):
                         if target.masks.ndim == 3:
-                            inside = bool(target.masks[place_of[query], i, j])
+                            inside = bool(target.masks[index_of[query], i, j])
                         else:
-                            inside = int(target.masks[i, j]) == place_of[query] + 1
+                            inside = int(target.masks[i, j]) == index_of[query] + 1
                         logit = float(full[query, i, j])
                         log_right = log_sigmoid(logit if inside else -logit)
                         alpha = config.focal_alpha if inside else 1 - config.focal_alpha
@@ -170,14 +170,14 @@ def test_gradients_equal_finite_differences_of_the_slow_definition(batch: str):
     compute_losses(output, targets, CONFIG).total.backward()
     # Differences of doubles around one class and one mask logit; small enough to leave the matching as it is.
     step = 1e-4
-    for which, place in ((0, (1, 0, 2, 3)), (1, (2, 0, 0, 1, 2)), (1, (0, 0, 4, 2, 0))):
+    for which, position in ((0, (1, 0, 2, 3)), (1, (2, 0, 0, 1, 2)), (1, (0, 0, 4, 2, 0))):
         totals = []
         for sign in (1, -1):
             moved = [logits.detach().double() for logits in output]
-            moved[which][place] += sign * step
+            moved[which][position] += sign * step
             totals.append(sum(map(sum, slow_losses(MaskFormerOutput(*moved), targets, CONFIG))))
         difference = (totals[0] - totals[1]) / (2 * step)
-        assert gradient(output[which])[place].item() == pytest.approx(difference, rel=1e-3, abs=1e-6)
+        assert gradient(output[which])[position].item() == pytest.approx(difference, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e4])
@@ -204,18 +204,18 @@ def test_autocast_does_not_change_the_losses():
     assert torch.equal(losses.by_layer, expected.by_layer)
 
 
-def test_micro_batches_with_a_common_divisor_add_up_to_the_whole_batch():
-    """What the trainer relies on: mask losses of the parts, over the mean number of masks, average to the whole."""
+def test_micro_batches_with_a_common_divisor_add_up_to_the_full_batch():
+    """The trainer relies on it: mask losses divided by the mean number of masks average to those of the full batch."""
     targets = [*BATCHES["usual"], *BATCHES["one image empty"]]
     output = random_output(4)
-    whole = compute_losses(output, targets, CONFIG)
+    full = compute_losses(output, targets, CONFIG)
     num_masks = sum(len(target) for target in targets) / 2
     halves = [
         compute_losses(MaskFormerOutput(*(logits[:, part] for logits in output)), targets[part], CONFIG, num_masks)
         for part in (slice(0, 2), slice(2, 4))
     ]
-    torch.testing.assert_close((halves[0].focal + halves[1].focal) / 2, whole.focal)
-    torch.testing.assert_close((halves[0].dice + halves[1].dice) / 2, whole.dice)
+    torch.testing.assert_close((halves[0].focal + halves[1].focal) / 2, full.focal)
+    torch.testing.assert_close((halves[0].dice + halves[1].dice) / 2, full.dice)
 
 
 def test_a_no_object_weight_of_zero_without_targets_is_no_loss():

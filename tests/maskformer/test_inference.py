@@ -1,4 +1,4 @@
-"""The Segmenter does what its parts do, one after the other."""
+"""The Segmenter gives the results of its parts, applied one after the other."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from maskformer import DEMO, PanopticConfig, Segmenter, Taxonomy, build_model
-from maskformer.inference import resize_image
 from maskformer.postprocess import instances, panoptic, semantic
+from maskformer.preprocess import resize_image
 
 TAXONOMY = Taxonomy.from_coco(
     [{"id": 10 * index, "name": f"class {index}", "isthing": int(index < 5)} for index in range(1, 8)]
@@ -31,7 +31,7 @@ def segmenter() -> Segmenter:
 @pytest.mark.parametrize(
     ("original", "resized"), [((33, 41), (48, 60)), ((120, 60), (70, 35))], ids=["short side", "long side"]
 )
-def test_all_three_results_are_those_of_the_parts(segmenter: Segmenter, original, resized):
+def test_all_three_results_equal_those_of_the_parts(segmenter: Segmenter, original, resized):
     image = np.random.default_rng(0).integers(0, 256, (*original, 3), dtype=np.uint8)
     planes = torch.as_tensor(resize_image(image, resized)).permute(2, 0, 1)[None].float()
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (DEMO.pixel_mean, DEMO.pixel_std))
@@ -56,7 +56,7 @@ def test_all_three_results_are_those_of_the_parts(segmenter: Segmenter, original
     assert segments
 
 
-def test_an_image_resized_before_gives_the_same_segments(segmenter: Segmenter):
+def test_an_image_resized_beforehand_gives_the_same_segments(segmenter: Segmenter):
     image = np.random.default_rng(1).integers(0, 256, (48, 60, 3), dtype=np.uint8)  # already of the short side
     ids, segments = segmenter(image)
     again_ids, again_segments = segmenter.segment_resized(image, (48, 60))

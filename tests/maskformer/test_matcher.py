@@ -30,11 +30,11 @@ def slow_costs(class_logits: Tensor, mask_logits: Tensor, targets: Targets, conf
     costs = [[0.0] * len(targets) for _ in range(num_queries)]
     for query in range(num_queries):
         exponentials = [math.exp(logit) for logit in class_logits[query].tolist()]
-        for place, class_index in enumerate(targets.classes.tolist()):
+        for index, class_index in enumerate(targets.classes.tolist()):
             focal_sum = share_sum = target_sum = common = 0.0
             for i, j in itertools.product(range(height), range(width)):
                 source = targets.masks[..., i * full_height // height, j * full_width // width]
-                inside = bool(source[place]) if targets.masks.ndim == 3 else int(source) == place + 1
+                inside = bool(source[index]) if targets.masks.ndim == 3 else int(source) == index + 1
                 share = 1 / (1 + math.exp(-float(mask_logits[query, i, j])))
                 if inside:
                     focal_sum += config.focal_alpha * (1 - share) ** config.focal_gamma * -math.log(share)
@@ -43,7 +43,7 @@ def slow_costs(class_logits: Tensor, mask_logits: Tensor, targets: Targets, conf
                 share_sum += share
                 target_sum += inside
                 common += share * inside
-            costs[query][place] = (
+            costs[query][index] = (
                 config.classification_weight * -exponentials[class_index] / sum(exponentials)
                 + config.focal_weight * focal_sum / (height * width)
                 + config.dice_weight * (1 - (2 * common + 1) / (share_sum + target_sum + 1))
@@ -71,35 +71,35 @@ def test_the_assignment_is_the_cheapest_of_all(num_queries: int, num_targets: in
         costs = slow_costs(class_logits[0, 0], mask_logits[0, 0], targets, CONFIG)
         pairs = min(num_queries, num_targets)
         cheapest = min(
-            sum(costs[query][place] for query, place in zip(queries, places, strict=True))
+            sum(costs[query][index] for query, index in zip(queries, indices, strict=True))
             for queries in itertools.combinations(range(num_queries), pairs)
-            for places in itertools.permutations(range(num_targets), pairs)
+            for indices in itertools.permutations(range(num_targets), pairs)
         )
-        ((queries, places),) = match(class_logits[0], mask_logits[0], [targets], CONFIG)
-        assert queries.dtype == places.dtype == torch.int64
-        assert len(queries) == len(set(places.tolist())) == pairs
+        ((queries, indices),) = match(class_logits[0], mask_logits[0], [targets], CONFIG)
+        assert queries.dtype == indices.dtype == torch.int64
+        assert len(queries) == len(set(indices.tolist())) == pairs
         assert queries.tolist() == sorted(set(queries.tolist()))
-        total = sum(costs[query][place] for query, place in zip(queries.tolist(), places.tolist(), strict=True))
+        total = sum(costs[query][index] for query, index in zip(queries.tolist(), indices.tolist(), strict=True))
         assert total == pytest.approx(cheapest, abs=1e-5)
 
 
-def test_each_layer_and_image_is_matched_by_itself():
+def test_each_layer_and_image_is_matched_separately():
     cases = [random_case(seed, num_queries=6, num_targets=seed, layers=3) for seed in range(4)]
     class_logits = torch.cat([case[0] for case in cases], dim=1)
     mask_logits = torch.cat([case[1] for case in cases], dim=1)
     together = match_layers(class_logits, mask_logits, [case[2] for case in cases], CONFIG)
-    assert any(not torch.equal(places[0], places[1]) for _, places in together)
+    assert any(not torch.equal(indices[0], indices[1]) for _, indices in together)
     for image, (case_class_logits, case_mask_logits, targets) in enumerate(cases):
         for layer in range(3):
-            ((queries, places),) = match(case_class_logits[layer], case_mask_logits[layer], [targets], CONFIG)
+            ((queries, indices),) = match(case_class_logits[layer], case_mask_logits[layer], [targets], CONFIG)
             assert torch.equal(together[image][0][layer], queries)
-            assert torch.equal(together[image][1][layer], places)
+            assert torch.equal(together[image][1][layer], indices)
 
 
 def test_an_image_without_targets_has_no_pairs():
     class_logits, mask_logits, targets = random_case(0, num_queries=3, num_targets=0)
-    ((queries, places),) = match(class_logits[0], mask_logits[0], [targets], CONFIG)
-    assert queries.shape == places.shape == (0,)
+    ((queries, indices),) = match(class_logits[0], mask_logits[0], [targets], CONFIG)
+    assert queries.shape == indices.shape == (0,)
     assert queries.dtype == torch.int64
 
 
@@ -112,7 +112,7 @@ def test_costs_stay_apart_at_large_logits():
     torch.testing.assert_close(costs[0, :, 0], torch.tensor(expected))
 
 
-def test_focal_keeps_its_precision_where_the_answer_is_right():
+def test_focal_keeps_its_precision_where_the_decision_is_right():
     for logit in (-30.0, -1.0, 0.0, 5.0, 12.0, 25.0):
         expected = (1 / (1 + math.exp(logit))) ** 2 * math.log1p(math.exp(-logit))
         assert focal(torch.tensor(logit), gamma=2.0).item() == pytest.approx(expected, rel=1e-5)

@@ -9,15 +9,9 @@ from typing import Literal
 import pytest
 import torch
 
-from maskformer.config import DEMO, R50, ModelConfig
+from maskformer.config import DEMO, R50, ModelConfig, OptimizerConfig, ScheduleConfig
 from maskformer.model import build_model
-from maskformer.optim import (
-    OptimizerConfig,
-    ScheduleConfig,
-    build_optimizer,
-    learning_rate_factor,
-    parameter_groups,
-)
+from maskformer.optim import build_optimizer, learning_rate_factor, parameter_groups
 
 # ---- groups
 
@@ -41,7 +35,7 @@ def test_each_trainable_parameter_is_in_one_group(config: ModelConfig) -> None:
     assert all(group["params"] for group in groups)
 
 
-def test_every_group_obeys_its_own_leaf_of_the_configuration() -> None:
+def test_every_group_follows_its_own_settings() -> None:
     model = build_model(DEMO)
     config = OptimizerConfig(
         lr=2.0,
@@ -166,6 +160,6 @@ def test_a_run_shorter_than_its_warmup_has_a_rate(kind: Literal["step", "cosine"
         (lambda: ScheduleConfig(milestone_epochs=(50.0, 50.0)), r"schedule\.milestone_epochs"),
     ],
 )
-def test_nonsense_is_refused(build: Callable[[], object], message: str) -> None:
+def test_invalid_values_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()

@@ -119,7 +119,7 @@ def test_equals_panopticapi_on_random_pairs(pairs: list[tuple[Segmentation, Segm
         official_together += statistics
     assert_equal_to_official(together, official_together)
     result = together.result()
-    # The random pairs reach what they are there for.
+    # The random pairs cover all cases.
     assert result.num_images == NUM_PAIRS
     assert all(average.num_classes > 1 for average in (result.things, result.stuff))
     assert all(
@@ -131,7 +131,7 @@ def test_equals_panopticapi_on_random_pairs(pairs: list[tuple[Segmentation, Segm
     assert any(len(set(categories)) < len(categories) for categories in crowds)
 
 
-def test_the_order_of_updates_and_merges_leaves_no_trace(pairs: list[tuple[Segmentation, Segmentation]]):
+def test_the_order_of_updates_and_merges_does_not_matter(pairs: list[tuple[Segmentation, Segmentation]]):
     in_order = PanopticQuality(TAXONOMY)
     for number, pair in enumerate(pairs):
         in_order.update(*pair, image_id=number)
@@ -179,11 +179,11 @@ def score(prediction: list[int], predicted: list[dict[str, int]], truth: list[in
         ),
         pytest.param(
             [1, 1, 1, 2], [info(1, THING), info(2, OTHER_THING)], [3, 3, 3, 3], [info(3, THING, iscrowd=1)],
-            {OTHER_THING: (0.0, 0, 1, 0)}, id="crowd excuses its own class only and is never missed",
+            {OTHER_THING: (0.0, 0, 1, 0)}, id="crowd excuses predictions of its class only and is never missed",
         ),
         pytest.param(
             [1, 1, 2, 2], [info(1, THING), info(2, THING)], [3, 3, 4, 4], [info(3, THING, 1), info(4, THING, 1)],
-            {THING: (0.0, 0, 1, 0)}, id="of several crowds of a class the last listed excuses",
+            {THING: (0.0, 0, 1, 0)}, id="of several crowds of a class the last listed counts",
         ),
         pytest.param([0, 0], [], [0, 0], [], {}, id="nothing at all"),
         pytest.param([0, 0], [], [7, 7], [info(7, STUFF)], {STUFF: (0.0, 0, 0, 1)}, id="an empty prediction"),

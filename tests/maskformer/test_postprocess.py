@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from maskformer.config import PanopticConfig
 from maskformer.panoptic_quality import PanopticQuality
-from maskformer.postprocess import decode_ids, encode_ids, instances, panoptic, run_lengths, semantic
+from maskformer.postprocess import instances, panoptic, semantic
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco(
@@ -86,14 +86,14 @@ def test_equals_the_slow_definition(seed: int):
     assert ours == slow_panoptic(class_logits, mask_logits, size, config)
     assert [segment["id"] for segment in segments] == list(range(1, len(segments) + 1))
     assert all(segment["area"] == int((ids == segment["id"]).sum()) for segment in segments)
-    # What comes out goes into the metric.
+    # The metric accepts the result.
     quality = PanopticQuality(TAXONOMY)
     quality.update((ids, segments), (ids, segments), image_id=seed)
     assert not segments or quality.result().pq == 1.0
 
 
-def test_the_random_cases_drop_and_join_segments():
-    dropped = joined = 0
+def test_the_random_cases_drop_and_merge_segments():
+    dropped = merged = 0
     for seed in range(30):
         class_logits, mask_logits, size = random_case(seed)
         scores, classes = class_logits.softmax(-1).max(-1)
@@ -105,13 +105,13 @@ def test_the_random_cases_drop_and_join_segments():
             class_logits, mask_logits, size, PanopticConfig(score_threshold=0.4, overlap_threshold=0.3)
         )
         dropped += len(some) < len(everything)
-        joined += len(everything) < num_kept
+        merged += len(everything) < num_kept
     assert dropped > 5
-    assert joined > 5
+    assert merged > 5
 
 
 def rows_of_pixels(*rows: str) -> Tensor:
-    """Draw mask logits: `#` is inside (probability 1), `+` just inside (0.6), `.` outside."""
+    """Return mask logits: `#` is inside (probability 1), `+` just inside (0.6), `.` outside."""
     logit = {"#": 50.0, "+": float(torch.tensor(0.6).logit()), ".": -50.0}
     return torch.tensor([[[logit[pixel] for pixel in row]] for row in rows])
 
@@ -176,7 +176,7 @@ def test_a_tie_goes_to_the_lower_query():
 @pytest.mark.parametrize(
     ("classes", "scores", "mask"),
     [([NOTHING], [0.99], "##"), ([DOG], [0.7], "##"), ([DOG], [0.99], "..")],
-    ids=["no object", "unsure", "no pixel of its own"],
+    ids=["no object", "low score", "no pixel of its own"],
 )
 def test_all_void(classes: list[int], scores: list[float], mask: str):
     ids, segments = panoptic(class_logits_of(classes, scores), rows_of_pixels(mask), same((1, 2)), CONFIG, TAXONOMY)
@@ -204,12 +204,12 @@ def test_refuses_the_wrong_taxonomy_and_sizes_in_the_wrong_order():
 
 
 def slow_resize(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Bilinear by definition: pixel centres at one half, the border repeated."""
+    """Bilinear by definition: pixel centers at one half, the border repeated."""
     for axis, (old, new) in enumerate(zip(plane.shape, shape, strict=True)):
-        centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-        below = np.floor(centres).astype(int)
+        centers = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        below = np.floor(centers).astype(int)
         above = np.minimum(below + 1, old - 1)
-        share = np.expand_dims(centres - below, 1 - axis)
+        share = np.expand_dims(centers - below, 1 - axis)
         plane = (1 - share) * plane.take(below, axis) + share * plane.take(above, axis)
     return plane
 
@@ -254,16 +254,17 @@ def test_semantic_sums_the_queries_and_takes_no_object_out_after_the_softmax():
     probabilities = torch.tensor(
         [[0.10, 0.00, 0.00, 0.00, 0.90], [0.00, 0.00, 0.30, 0.40, 0.30], [0.00, 0.00, 0.30, 0.00, 0.70]]
     )
-    # dog 0.1, sky 0.6, sea 0.4; without no-object in the softmax dog 1, sky 1.43, sea 0.57; the surest query says sea
+    # dog 0.1, sky 0.6, sea 0.4; without no-object in the softmax dog 1, sky 1.43, sea 0.57. The most confident query
+    # votes for sea.
     everywhere = rows_of_pixels("##", "##", "#.")
     ids = semantic(probabilities.log().clamp(min=-100), everywhere, same((1, 2)))
     assert ids.tolist() == [[SKY, SEA]]
-    # Masked by a half-sure mask, the vote of a class shrinks: dog 0.6 * 0.7 < cat 0.5
+    # Masked by a uncertain mask, the vote of a class shrinks: dog 0.6 * 0.7 < cat 0.5
     class_logits = torch.tensor([[0.7, 0.0, 0.0, 0.0, 0.3], [0.0, 0.5, 0.0, 0.0, 0.5]]).log().clamp(min=-100)
     assert semantic(class_logits, rows_of_pixels("#+", "##"), same((1, 2))).tolist() == [[DOG, CAT]]
 
 
-def test_semantic_is_float32_whatever_comes_in_and_under_autocast():
+def test_semantic_is_float32_for_bfloat16_logits_and_under_autocast():
     class_logits, mask_logits, size = semantic_case(1)
     class_logits, mask_logits = class_logits.bfloat16(), mask_logits.bfloat16()
     full = semantic(class_logits.float(), mask_logits.float(), size)
@@ -274,8 +275,8 @@ def test_semantic_is_float32_whatever_comes_in_and_under_autocast():
 def decoded(segmentation) -> np.ndarray:
     """A mask from COCO's uncompressed run lengths, pixel by pixel down the columns."""
     pixels: list[bool] = []
-    for place, count in enumerate(segmentation["counts"]):
-        pixels += [place % 2 == 1] * count
+    for run, count in enumerate(segmentation["counts"]):
+        pixels += [run % 2 == 1] * count
     height, width = segmentation["size"]
     return np.array([[pixels[x * height + y] for x in range(width)] for y in range(height)])
 
@@ -284,7 +285,7 @@ def decoded(segmentation) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(6))
 def test_instances_equal_the_slow_definition(seed: int, top: int):
     class_logits, mask_logits, size = random_case(seed)
-    class_logits /= 6  # so that a query is there with several classes
+    class_logits /= 6  # so that a query occurs with several classes
     mask_logits[::4] -= 30.0  # empty masks
     ours = instances(class_logits, mask_logits, size, TAXONOMY, top=top)
 
@@ -327,24 +328,6 @@ def test_an_instance_by_hand():
     ]
 
 
-@pytest.mark.parametrize(
-    ("rows", "counts"),
-    [
-        (["##", "##"], [0, 4]),
-        (["..", ".."], [4]),
-        (["#.", ".#"], [0, 1, 2, 1]),
-        ([".#.", ".#."], [2, 2, 2]),
-        (["#"], [0, 1]),
-    ],
-)
-def test_run_lengths_go_down_the_columns_and_start_outside(rows: list[str], counts: list[int]):
-    mask = np.array([[pixel == "#" for pixel in row] for row in rows])
-    lengths = run_lengths(mask)
-    assert lengths == {"size": [len(rows), len(rows[0])], "counts": counts}
-    assert all(type(number) is int for number in lengths["size"] + lengths["counts"])  # for JSON
-    assert (decoded(lengths) == mask).all()
-
-
 def test_semantic_and_instances_refuse_what_panoptic_refuses():
     mask_logits = rows_of_pixels("##")
     with pytest.raises(ValueError, match="got 4 columns"):
@@ -365,7 +348,7 @@ from maskformer.taxonomy import COCO
 
 generator = torch.Generator().manual_seed(0)
 class_logits = torch.randn(100, 134, generator=generator)
-class_logits[:14, :14] += 20 * torch.eye(14)  # fourteen sure things ...
+class_logits[:14, :14] += 20 * torch.eye(14)  # fourteen confident things ...
 class_logits[14:, -1] += 30  # ... among no-objects
 coarse = torch.randn(1, 100, 5, 6, generator=generator) * 5
 mask_logits = torch.nn.functional.interpolate(coarse, (200, 250), mode="bilinear")[0]
@@ -384,21 +367,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_memory_does_not_grow_with_queries_or_classes():
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     # A float32 map of 4000x5000 pixels has 76 MiB. Measured: 0.5 to 0.7 GiB, seven to nine maps. The masks of the
-    # fourteen sure queries alone would be 1.0 GiB, of all queries 7.5, the votes of all classes 9.9.
+    # fourteen confident queries alone would be 1.0 GiB, of all queries 7.5, the votes of all classes 9.9.
     assert int(result.stdout) / 2**20 < 1.0
-
-
-def test_ids_survive_the_png_encoding():
-    ids = np.array([[0, 1, 255, 256], [65535, 65536, 2**24 - 1, 1234567]])
-    rgb = encode_ids(ids)
-    assert rgb.dtype == np.uint8
-    assert rgb[1, 3].tolist() == [1234567 % 256, 1234567 // 256 % 256, 1234567 // 65536]
-    again = decode_ids(rgb)
-    assert again.dtype == np.int32
-    assert (again == ids).all()
-
-
-@pytest.mark.parametrize("bad", [-1, 2**24])
-def test_refuses_ids_a_png_cannot_hold(bad: int):
-    with pytest.raises(ValueError, match=rf"{bad}"):
-        encode_ids(np.array([[0, bad]]) if bad > 0 else np.array([[bad, 0]]))

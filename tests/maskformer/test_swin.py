@@ -31,7 +31,7 @@ def peer() -> MaskFormerSwinBackbone:
 
 
 def weights_of(backbone: MaskFormerSwinBackbone) -> dict[str, Tensor]:
-    """Translate by hand: the maps of maskformer.weights have tests of their own."""
+    """Rename by hand: the tables of maskformer.weights have separate tests."""
     theirs, ours = backbone.state_dict(), {}
     for kind in ("weight", "bias"):
         ours[f"features.0.0.{kind}"] = theirs[f"model.embeddings.patch_embeddings.projection.{kind}"]
@@ -39,17 +39,17 @@ def weights_of(backbone: MaskFormerSwinBackbone) -> dict[str, Tensor]:
         for stage, depth in enumerate(DEPTHS):
             ours[f"norms.{stage}.{kind}"] = theirs[f"hidden_states_norms.{stage}.{kind}"]
             for index in range(depth):
-                own, foreign = f"features.{2 * stage + 1}.{index}", f"model.encoder.layers.{stage}.blocks.{index}"
+                native, foreign = f"features.{2 * stage + 1}.{index}", f"model.encoder.layers.{stage}.blocks.{index}"
                 for name, their_name in IN_A_BLOCK.items():
-                    ours[f"{own}.{name}.{kind}"] = theirs[f"{foreign}.{their_name}.{kind}"]
+                    ours[f"{native}.{name}.{kind}"] = theirs[f"{foreign}.{their_name}.{kind}"]
                 parts = [theirs[f"{foreign}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-                ours[f"{own}.attn.qkv.{kind}"] = torch.cat(parts)
+                ours[f"{native}.attn.qkv.{kind}"] = torch.cat(parts)
                 table = "relative_position_bias_table"
-                ours[f"{own}.attn.{table}"] = theirs[f"{foreign}.attention.self.{table}"]
+                ours[f"{native}.attn.{table}"] = theirs[f"{foreign}.attention.self.{table}"]
             if stage < 3:
-                own, foreign = f"features.{2 * stage + 2}", f"model.encoder.layers.{stage}.downsample"
-                ours[f"{own}.norm.{kind}"] = theirs[f"{foreign}.norm.{kind}"]
-                ours[f"{own}.reduction.weight"] = theirs[f"{foreign}.reduction.weight"]
+                native, foreign = f"features.{2 * stage + 2}", f"model.encoder.layers.{stage}.downsample"
+                ours[f"{native}.norm.{kind}"] = theirs[f"{foreign}.norm.{kind}"]
+                ours[f"{native}.reduction.weight"] = theirs[f"{foreign}.reduction.weight"]
     return ours
 
 

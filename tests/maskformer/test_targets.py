@@ -19,7 +19,7 @@ def test_an_index_map_equals_its_masks(dtype: torch.dtype):
     assert (len(plane), plane.max_class) == (3, 5)
 
 
-def test_resizing_takes_the_pixel_each_cell_starts_in():
+def test_resizing_takes_the_upper_left_pixel_of_each_cell():
     resized = Targets(CLASSES, MASKS).resized(2, 3)
     for i in range(2):
         for j in range(3):

@@ -30,7 +30,7 @@ def padding_of(height: int, width: int, *valid: tuple[int, int]) -> Tensor:
     return padding
 
 
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Give norms and biases values that a wrong order of operations would show."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -47,11 +47,11 @@ def slow_positions(padding: Tensor, channels: int) -> Tensor:
         for row in range(height):
             for column in range(width):
                 up_to_here = sum(not padding[b, y, column] for y in range(row + 1))
-                whole_column = sum(not padding[b, y, column] for y in range(height))
+                full_column = sum(not padding[b, y, column] for y in range(height))
                 left_to_here = sum(not padding[b, row, x] for x in range(column + 1))
-                whole_row = sum(not padding[b, row, x] for x in range(width))
-                y_scaled = up_to_here / (whole_column + 1e-6) * 2 * math.pi
-                x_scaled = left_to_here / (whole_row + 1e-6) * 2 * math.pi
+                full_row = sum(not padding[b, row, x] for x in range(width))
+                y_scaled = up_to_here / (full_column + 1e-6) * 2 * math.pi
+                x_scaled = left_to_here / (full_row + 1e-6) * 2 * math.pi
                 for i in range(half):
                     wave = math.cos if i % 2 else math.sin
                     frequency = 10000 ** (2 * (i // 2) / half)
@@ -108,8 +108,8 @@ def slow_attention(
 
 
 def slow_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
 def slow_feedforward(feedforward: nn.Sequential, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def slow_feedforward(feedforward: nn.Sequential, x: Tensor) -> Tensor:
 
 def test_encoder_layer_follows_its_definition() -> None:
     layer = EncoderLayer(CONFIG)
-    randomise(layer)
+    randomize(layer)
     tokens, positions = torch.randn(2, 12, 16), torch.randn(2, 12, 16)
     ignored = padding_of(3, 4, (3, 4), (2, 3)).flatten(1)
 
@@ -135,18 +135,18 @@ def test_encoder_layer_follows_its_definition() -> None:
 @pytest.mark.parametrize("padded", [True, False])
 def test_decoder_follows_its_definition(padded: bool) -> None:
     decoder = TransformerDecoder(CONFIG)
-    randomise(decoder)
+    randomize(decoder)
     embedding, memory, positions = torch.randn(5, 16), torch.randn(2, 12, 16), torch.randn(2, 12, 16)
     ignored = padding_of(3, 4, (3, 4), (2, 3)).flatten(1) if padded else None
 
-    placed = torch.stack([embedding, embedding])
+    query_positions = torch.stack([embedding, embedding])
     x = torch.zeros(2, 5, 16)
     expected: list[Tensor] = []
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        attended = slow_attention(layer.self_attention, x + placed, x + placed, x, None)
+        attended = slow_attention(layer.self_attention, x + query_positions, x + query_positions, x, None)
         x = slow_norm(layer.self_attention_norm, x + attended)
-        attended = slow_attention(layer.cross_attention, x + placed, memory + positions, memory, ignored)
+        attended = slow_attention(layer.cross_attention, x + query_positions, memory + positions, memory, ignored)
         x = slow_norm(layer.cross_attention_norm, x + attended)
         x = slow_norm(layer.feedforward_norm, x + slow_feedforward(layer.feedforward, x))
         expected.append(slow_norm(decoder.norm, x))
@@ -154,11 +154,11 @@ def test_decoder_follows_its_definition(padded: bool) -> None:
     torch.testing.assert_close(decoder(embedding, memory, positions, ignored), torch.stack(expected))
 
 
-def test_padded_tokens_change_nothing() -> None:
+def test_padded_tokens_do_not_change_the_result() -> None:
     """An image beside a larger one gives the queries and the memory it gives alone."""
     layer, decoder = EncoderLayer(CONFIG), TransformerDecoder(CONFIG)
-    randomise(layer)
-    randomise(decoder)
+    randomize(layer)
+    randomize(decoder)
     embedding, image = torch.randn(5, 16), torch.randn(1, 3, 4, 16)
 
     def run(feature: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +175,12 @@ def test_padded_tokens_change_nothing() -> None:
     torch.testing.assert_close(queries[:, 1], queries_alone[:, 0])
 
 
-# ---- dropout and initialisation
+# ---- dropout and initialization
 
 
 @pytest.mark.parametrize("everywhere", [0.0, 0.5])
 @pytest.mark.parametrize("decoder_feedforward", [0.0, 0.5])
-def test_dropout_is_where_the_configuration_says(everywhere: float, decoder_feedforward: float) -> None:
+def test_dropout_is_applied_as_configured(everywhere: float, decoder_feedforward: float) -> None:
     config = ModelConfig(
         hidden_dim=16,
         num_heads=4,
@@ -194,7 +194,7 @@ def test_dropout_is_where_the_configuration_says(everywhere: float, decoder_feed
     x = torch.randn(1, 50, 16)
 
     for attention in (layer.self_attention, first.self_attention, first.cross_attention):
-        weights = attention(x, x, x)[1]  # normalised to 1 unless some were dropped
+        weights = attention(x, x, x)[1]  # normalized to 1 unless some were dropped
         assert torch.allclose(weights.sum(-1), torch.ones(1, 50)) == (everywhere == 0)
     for dropped, rate in (
         (layer.dropout(x + 9), everywhere),

@@ -1,4 +1,4 @@
-"""Twenty optimisation steps against a slow training loop that shares nothing with ours but the network.
+"""Twenty optimization steps against a slow training loop that shares nothing with ours but the network.
 
 The loop is written from the definitions, in doubles: matching, losses, AdamW, clipping, which tensor learns how fast
 and decays (the published ResNet-50 recipe), warm-up and drop. What differs is the float noise of ours.
@@ -17,10 +17,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskformer.config import LossConfig, ModelConfig
+from maskformer.config import LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from maskformer.criterion import compute_losses
 from maskformer.model import MaskFormer, MaskFormerOutput, build_model
-from maskformer.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from maskformer.optim import build_optimizer, learning_rate_factor
 from maskformer.targets import Targets
 
 STEPS = 20
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 def random_batch(step: int) -> Batch:
-    """Draw two images of different sizes; a segment's colour is its class."""
+    """Draw two images of different sizes; a segment's color is its class."""
     generator = torch.Generator().manual_seed(step)
     numbers = {5: (4, 0), 6: (0, 0)}.get(step, (4, 3))
     padding = torch.ones(2, 60, 64, dtype=torch.bool)
@@ -59,9 +59,9 @@ def random_batch(step: int) -> Batch:
         blocks = torch.randint(0, number + 1, (5, 6), generator=generator)
         index_map = blocks.repeat_interleave(12, 0).repeat_interleave(11, 1)[:, :64].masked_fill(padding[image], 0)
         classes = torch.randint(0, MODEL.num_classes, (number,), generator=generator)
-        colours = torch.cat([torch.zeros(1), classes + 1.0]) / 3
-        images[image, 0] += colours[index_map]
-        images[image, 1] -= colours[index_map]
+        colors = torch.cat([torch.zeros(1), classes + 1.0]) / 3
+        images[image, 0] += colors[index_map]
+        images[image, 1] -= colors[index_map]
         targets.append(Targets(classes, index_map))
     return Batch(images.masked_fill(padding[:, None], 0.0), padding, targets)
 
@@ -78,10 +78,10 @@ def slow_losses(output: MaskFormerOutput, targets: list[Targets]) -> Tensor:
         for image, target in enumerate(targets):
             query_of = slow_matching(class_logits[image].detach(), mask_logits[image].detach(), target)
             wanted = [MODEL.num_classes] * MODEL.num_queries
-            for place, query in query_of.items():
-                wanted[query] = int(target.classes[place])
+            for index, query in query_of.items():
+                wanted[query] = int(target.classes[index])
                 logits = F.interpolate(mask_logits[image, query][None, None], target.masks.shape, mode="bilinear")[0, 0]
-                inside = target.masks == place + 1
+                inside = target.masks == index + 1
                 focal_sum = focal_sum + focal_pixels(logits, inside).mean()
                 dice_sum = dice_sum + dice(logits, inside)
             for query, class_index in enumerate(wanted):
@@ -102,12 +102,12 @@ def slow_matching(class_logits: Tensor, mask_logits: Tensor, target: Targets) ->
     costs = torch.zeros(MODEL.num_queries, len(target.classes), dtype=torch.float64)
     for query in range(MODEL.num_queries):
         probability = class_logits[query].exp() / class_logits[query].exp().sum()
-        for place, class_index in enumerate(target.classes.tolist()):
-            inside = index_map == place + 1
+        for index, class_index in enumerate(target.classes.tolist()):
+            inside = index_map == index + 1
             focal_cost = focal_pixels(mask_logits[query], inside).mean()
-            costs[query, place] = 20.0 * focal_cost + dice(mask_logits[query], inside) - probability[class_index]
-    queries, places = linear_sum_assignment(costs.numpy())
-    return dict(zip(places.tolist(), queries.tolist(), strict=True))
+            costs[query, index] = 20.0 * focal_cost + dice(mask_logits[query], inside) - probability[class_index]
+    queries, indices = linear_sum_assignment(costs.numpy())
+    return dict(zip(indices.tolist(), queries.tolist(), strict=True))
 
 
 def focal_pixels(logits: Tensor, inside: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def slow_training(model: MaskFormer, batches: list[Batch], numbers: Numbers) -> 
     return torch.stack(history), {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-# ---- ours
+# ---- the training code
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Compute alone: on tensors this small a second thread only waits, for long on a busy machine."""
+    """Use one thread: on tensors this small a second thread only waits, for long on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -178,7 +178,7 @@ def one_thread() -> Iterator[None]:
 
 
 def training(model: MaskFormer, batches: list[Batch], config: OptimizerConfig) -> Tensor:
-    """Train as the only worker does; return the losses [T, L, 3]."""
+    """Train as a single worker does; return the losses [T, L, 3]."""
     optimizer = build_optimizer(model, config)
     history: list[Tensor] = []
     for step, (images, padding, targets) in enumerate(batches):

@@ -1,4 +1,4 @@
-"""One contract for a local folder and for S3 (a real API over HTTP), and what becomes of a write that fails."""
+"""Local folders and S3 (a real API over HTTP) behave alike, and failed writes leave no partial file."""
 
 import errno
 import os
@@ -9,61 +9,63 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
+from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.storage import Location, absolute, is_remote, locate, sha256
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """Return an absent folder."""
     return locate(tmp_path / "folder" if request.param == "local" else request.getfixturevalue("bucket") + "/folder")
 
 
-def test_written_files_are_found_again(place: Location) -> None:
-    assert not place.exists()
-    assert not place.is_dir()
-    assert place.names() == []
+def test_written_files_are_found_again(folder: Location) -> None:
+    assert not folder.exists()
+    assert not folder.is_dir()
+    assert folder.names() == []
     data = os.urandom(3 << 20)
-    (place / "deep" / "b").write_bytes(data)
-    (place / "a").write_text("text ü")
-    assert place.is_dir()
-    assert place.names() == ["a", "deep"]
-    assert (place / "deep").names() == ["b"]
-    assert (place / "deep" / "b").read_bytes() == data
-    assert (place / "a").read_text() == "text ü"
-    assert (place / "a").exists()
-    assert not (place / "a").is_dir()
+    (folder / "deep" / "b").write_bytes(data)
+    (folder / "a").write_text("text ü")
+    assert folder.is_dir()
+    assert folder.names() == ["a", "deep"]
+    assert (folder / "deep").names() == ["b"]
+    assert (folder / "deep" / "b").read_bytes() == data
+    assert (folder / "a").read_text() == "text ü"
+    assert (folder / "a").exists()
+    assert not (folder / "a").is_dir()
 
 
-def test_writing_again_replaces(place: Location) -> None:
-    (place / "a").write_bytes(b"long content")
-    (place / "a").write_bytes(b"short")
-    assert (place / "a").read_bytes() == b"short"
-    assert place.names() == ["a"]
+def test_writing_again_replaces(folder: Location) -> None:
+    (folder / "a").write_bytes(b"long content")
+    (folder / "a").write_bytes(b"short")
+    assert (folder / "a").read_bytes() == b"short"
+    assert folder.names() == ["a"]
 
 
-def test_delete(place: Location) -> None:
-    (place / "a").write_bytes(b"")
-    (place / "deep" / "er" / "b").write_bytes(b"")
-    (place / "a").delete()
-    assert place.names() == ["deep"]
-    (place / "deep").delete()
-    assert place.names() == []
-    place.delete()
-    place.delete()
-    assert not place.exists()
-    (place / "a").delete()
+def test_delete(folder: Location) -> None:
+    (folder / "a").write_bytes(b"")
+    (folder / "deep" / "er" / "b").write_bytes(b"")
+    (folder / "a").delete()
+    assert folder.names() == ["deep"]
+    (folder / "deep").delete()
+    assert folder.names() == []
+    folder.delete()
+    folder.delete()
+    assert not folder.exists()
+    (folder / "a").delete()
 
 
-def test_reading_what_is_absent(place: Location) -> None:
+def test_reading_an_absent_file(folder: Location) -> None:
     with pytest.raises(FileNotFoundError):
-        (place / "a").read_bytes()
+        (folder / "a").read_bytes()
 
 
-def test_a_location_is_its_uri(place: Location) -> None:
-    below = place / "a" / "b"
-    assert str(below) == below.uri == f"{place}/a/b"
+def test_a_location_is_its_uri(folder: Location) -> None:
+    below = folder / "a" / "b"
+    assert str(below) == below.uri == f"{folder}/a/b"
     assert below.name == "b"
     below.write_bytes(b"x")
     assert locate(below.uri).read_bytes() == b"x"
@@ -85,8 +87,8 @@ def test_a_uri_that_cannot_be_opened(uri: str) -> None:
         locate(uri)
 
 
-def test_a_query_is_refused_since_workers_would_not_see_it() -> None:
-    with pytest.raises(UserError, match=r"s3://b/runs\?region=us-east-1 has a query.*AWS_DEFAULT_REGION"):
+def test_a_query_is_refused_since_workers_would_not_receive_it() -> None:
+    with pytest.raises(UserError, match=r"s3://b/runs\?region=us-east-1 has a query string.*AWS_DEFAULT_REGION"):
         locate("s3://b/runs?region=us-east-1")
 
 
@@ -95,7 +97,7 @@ def test_sha256() -> None:
     assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_only_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     code = (
         "import sys; from pipelines.errors import UserError; from pipelines.storage import locate\n"
@@ -115,8 +117,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_write_cut_off_before_its_end_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reader or a kill meets until the last moment is the old file, whole."""
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the rename, the old file is there and complete, for readers and after a kill."""
     (tmp_path / "a").write_bytes(b"old")
 
     def break_off(self: Path, target: Path) -> None:
@@ -136,14 +138,14 @@ def test_a_write_cut_off_before_its_end_leaves_the_old_file(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("action", "do"),
     [
-        ("write", lambda place: (place / "b").write_bytes(b"")),
-        ("read", lambda place: (place / "b").read_bytes()),
-        ("list", lambda place: place.names()),
+        ("write", lambda folder: (folder / "b").write_bytes(b"")),
+        ("read", lambda folder: (folder / "b").read_bytes()),
+        ("list", lambda folder: folder.names()),
     ],
 )
 def test_a_folder_that_is_a_file(tmp_path: Path, action: str, do: Callable[[Location], object]) -> None:
     (tmp_path / "a").write_bytes(b"")
-    with pytest.raises(UserError, match=f"Cannot {action} {tmp_path}/a.*Choose a place that this user may {action}"):
+    with pytest.raises(UserError, match=f"Cannot {action} {tmp_path}/a.*Choose a location that this user may {action}"):
         do(locate(tmp_path / "a"))
     assert os.listdir(tmp_path) == ["a"]
 
@@ -156,7 +158,16 @@ def test_s3_without_the_bucket(bucket: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_s3_without_a_server_is_not_an_empty_folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(UserError, match=f"^Cannot list {bucket}/folder.*AWS_ENDPOINT_URL"):
-        locate(f"{bucket}/folder").names()
+def test_an_unreachable_s3_server_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    unreachable = fs.S3FileSystem(
+        access_key="a",
+        secret_key="b",
+        region="us-east-1",
+        endpoint_override="http://127.0.0.1:9",  # the discard port, on which no server listens
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the default ones take 6 s
+    )
+    monkeypatch.setattr(storage, "_remote", lambda bucket, settings: (unreachable, "bucket"))
+    folder = locate("s3://bucket/folder")
+    for action, call in {"list": folder.names, "read": folder.read_bytes, "access": folder.exists}.items():
+        with pytest.raises(UserError, match=rf"^Cannot {action} s3://bucket/folder: .*connect.*AWS_ENDPOINT_URL"):
+            call()

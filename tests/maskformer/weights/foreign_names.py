@@ -1,4 +1,4 @@
-"""The tensors of other codes' checkpoints by name, written from their sources and not from our tables."""
+"""The tensors of other codes' checkpoints by name, written from their sources and not from the tables under test."""
 
 import re
 from collections.abc import Mapping
@@ -76,15 +76,17 @@ def swin(block: Mapping[str, str], merging: str, prefix: str = "", embed: str = 
     shapes = {**both(f"{prefix}{embed}", 96, 3, 4, 4), **norm(f"{prefix}patch_embed.norm", 96)}
     for stage, (depth, channels, heads) in enumerate(zip(DEPTHS, CHANNELS, HEADS, strict=True)):
         for index in range(depth):
-            name = {part: f"{prefix}{block['block'].format(stage, index)}.{leaf}" for part, leaf in block.items()}
+            name = {part: f"{prefix}{block['block'].format(stage, index)}.{name}" for part, name in block.items()}
             shapes |= norm(name["norm1"], channels) | norm(name["norm2"], channels)
             shapes |= both(name["qkv"], 3 * channels, channels) | both(name["proj"], channels, channels)
             shapes |= both(name["in"], 4 * channels, channels) | both(name["out"], channels, 4 * channels)
             shapes[name["table"] + "_bias_table"] = ((2 * WINDOW - 1) ** 2, heads)
             shapes[name["table"] + "_index"] = (WINDOW**2, WINDOW**2)
         if stage < 3:
-            place = f"{prefix}{merging.format(stage)}"
-            shapes |= norm(f"{place}.norm", 4 * channels) | {f"{place}.reduction.weight": (2 * channels, 4 * channels)}
+            merging_name = f"{prefix}{merging.format(stage)}"
+            shapes |= norm(f"{merging_name}.norm", 4 * channels) | {
+                f"{merging_name}.reduction.weight": (2 * channels, 4 * channels)
+            }
     return shapes
 
 
@@ -180,7 +182,7 @@ def detectron2_resnet(prefix: str) -> Shapes:
 
 
 def detectron2(config: ModelConfig, old: bool = False) -> Shapes:
-    """Return the original MaskFormer; `old` is before the pixel decoder had a place of its own."""
+    """Return the original MaskFormer; `old` is the version before the pixel decoder was a separate module."""
     encoder = config.encoder_layers > 0
     if config.backbone == "resnet50":
         channels, shapes = (256, 512, 1024, 2048), detectron2_resnet("backbone.")

@@ -45,7 +45,7 @@ def theirs(request: pytest.FixtureRequest) -> nn.Module:
     )
     torch.manual_seed(0)
     model = transformers.MaskFormerForInstanceSegmentation(config).eval()
-    # As built, every norm is the identity, every bias zero and every table of positions too.
+    # Initially every norm is the identity, and every bias and position table is zero.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "encoder.model.layernorm" in name or not tensor.is_floating_point() or "empty_weight" in name:
             continue
@@ -68,7 +68,7 @@ def folder(theirs: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> MaskFormer:
     file = weights.read(folder)
-    config = weights.detect(file)
+    config = weights.detect_config(file)
     state, report = weights.load(file, config)
     report.require_complete()
     assert all(name.endswith(("_index", "empty_weight", "model.layernorm.weight", "bias")) for name in report.unused)
@@ -89,7 +89,7 @@ def deviation(ours: nn.Module, theirs: nn.Module, size: tuple[int, int]) -> list
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     mine, other = ours(images), theirs(images)
     pairs = ((mine.class_logits, other.class_queries_logits), (mine.mask_logits, other.masks_queries_logits))
-    return [float((own[-1] - their).abs().max() / their.std()) for own, their in pairs]
+    return [float((native[-1] - their).abs().max() / their.std()) for native, their in pairs]
 
 
 @pytest.mark.parametrize("size", [(33, 47), (17, 130), (64, 64)])
@@ -100,12 +100,12 @@ def test_the_logits_are_equal(size: tuple[int, int], ours: MaskFormer, theirs: n
 def test_their_names_in_memory_are_known_too(ours: MaskFormer, theirs: nn.Module) -> None:
     state, report = weights.load(dict(theirs.state_dict()), ours.config)
     assert report.format == "huggingface"
-    own = ours.state_dict()
-    assert state.keys() == own.keys()
-    assert all(torch.equal(state[name], own[name]) for name in own)
+    native = ours.state_dict()
+    assert state.keys() == native.keys()
+    assert all(torch.equal(state[name], native[name]) for name in native)
 
 
-def test_what_we_write_loads_there_without_a_complaint(
+def test_a_saved_model_loads_in_transformers_without_warnings(
     ours: MaskFormer, theirs: nn.Module, folder: Path, tmp_path: Path
 ) -> None:
     weights.save(ours, tmp_path / "ours", "huggingface")
@@ -114,7 +114,7 @@ def test_what_we_write_loads_there_without_a_complaint(
     )
     assert {key: set(problems) for key, problems in info.items() if problems} == {}
     assert max(deviation(ours, model.eval(), (37, 50))) < 1e-4
-    original, again = (weights.read(place).tensors for place in (folder, tmp_path / "ours"))
+    original, again = (weights.read(path).tensors for path in (folder, tmp_path / "ours"))
     assert original.keys() == again.keys()
     assert all(torch.equal(original[name], again[name]) for name in original)
 
@@ -126,7 +126,7 @@ def test_what_we_write_loads_there_without_a_complaint(
     assert sizes(model.config) == sizes(theirs.config)
 
 
-def test_their_image_processor_is_told_our_sizes(ours: MaskFormer, tmp_path: Path) -> None:
+def test_their_image_processor_gets_the_native_sizes(ours: MaskFormer, tmp_path: Path) -> None:
     weights.save(ours, tmp_path / "ours", "huggingface")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
     image = torch.randint(0, 256, (3, 60, 93), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The weights that a training starts from."""
+"""Initial weights of a training."""
 
 import io
 from pathlib import Path
@@ -58,10 +58,10 @@ def test_imagenet_is_the_official_swin(hub: Path) -> None:
         ("swin_l", "swin_large_patch4_window12_384_22k.pth"),
     ],
 )
-def test_an_empty_cache_says_what_to_put_where(backbone: str, file: str, hub: Path) -> None:
+def test_an_empty_cache_names_the_file_and_its_url(backbone: str, file: str, hub: Path) -> None:
     with torch.device("meta"):
         model = build_model(ModelConfig(backbone=backbone))  # pyright: ignore[reportArgumentType]  # one of the literals
-    with pytest.raises(ValueError, match=rf"are not at {hub}/{file}\. Fetch https://.*/{file} and put it there"):
+    with pytest.raises(ValueError, match=rf"are not at {hub}/{file}\. Download https://.*/{file} to this path"):
         weights.initial_weights(model, "imagenet")
 
 
@@ -71,7 +71,7 @@ def test_backbones_without_imagenet_weights() -> None:
         weights.initial_weights(model, "imagenet")
 
 
-def test_a_whole_model_is_taken_from_an_open_file() -> None:
+def test_a_complete_model_is_read_from_an_open_file() -> None:
     tensors = fill(detectron2(R50_SMALL))
     buffer = io.BytesIO()
     torch.save({"model": tensors}, buffer)
@@ -88,6 +88,6 @@ def test_half_a_backbone_is_refused() -> None:
         weights.initial_weights(build_model(R50_SMALL), tensors)
 
 
-def test_uris_are_for_those_who_can_open_them() -> None:
-    with pytest.raises(ValueError, match="read from a file here, got the URI s3://bucket/r50"):
+def test_uris_are_refused() -> None:
+    with pytest.raises(ValueError, match="read from local files, got the URI s3://bucket/r50"):
         weights.initial_weights(build_model(R50_SMALL), "s3://bucket/r50.pth")

@@ -1,4 +1,4 @@
-"""The tables of names against whole checkpoints written from the foreign sources, and the layout of the values."""
+"""The tables of names against complete checkpoints written from the foreign sources, and the layout of the values."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torchvision.models.swin_transformer import PatchMerging
 
 from maskformer import ModelConfig, build_model, weights
-from maskformer.weights.architecture import recognise
+from maskformer.weights.architecture import recognize
 from maskformer.weights.mmdet import MMDET_2, MMDET_3
 from maskformer.weights.names import Layout
 from maskformer.weights.reading import Weights
@@ -31,7 +31,7 @@ def expected(config: ModelConfig) -> dict[str, Tensor]:
         return build_model(config).state_dict()
 
 
-WHOLE = {
+COMPLETE = {
     "mmdet 3.x": (mmdet(3, R50_SMALL), R50_SMALL),
     "mmdet 2.x": (mmdet(2, R50_SMALL), R50_SMALL),
     "mmdet 3.x, Swin": (mmdet(3, SWIN_SMALL), SWIN_SMALL),
@@ -42,11 +42,11 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_tensor_of_a_whole_checkpoint_has_its_place(name: str) -> None:
-    shapes, config = WHOLE[name]
+@pytest.mark.parametrize("name", COMPLETE)
+def test_every_tensor_of_a_complete_checkpoint_has_a_native_name(name: str) -> None:
+    shapes, config = COMPLETE[name]
     tensors = fill(shapes)
-    assert weights.detect(tensors) == config
+    assert weights.detect_config(tensors) == config
     state, report = weights.load(tensors, config)
     assert report.format == name.split(",")[0]
     assert report.missing == ()
@@ -134,11 +134,11 @@ REPRESENTATIVES = {
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_representatives_arrive_unchanged(name: str) -> None:
-    shapes, config = WHOLE[name]
+    shapes, config = COMPLETE[name]
     tensors = fill(shapes)
     state, _ = weights.load(tensors, config)
-    for foreign, own in REPRESENTATIVES[name].items():
-        assert torch.equal(state[own], tensors[foreign]), own
+    for foreign, native in REPRESENTATIVES[name].items():
+        assert torch.equal(state[native], tensors[foreign]), native
 
 
 def test_both_layouts_of_mmdet_give_the_same_model() -> None:
@@ -150,7 +150,7 @@ def test_both_layouts_of_mmdet_give_the_same_model() -> None:
     assert all(torch.equal(old_state[name], new_state[name]) for name in new_state)
 
 
-def test_counters_that_detectron2_does_not_have_begin_at_zero() -> None:
+def test_counters_missing_in_detectron2_start_at_zero() -> None:
     state, report = weights.load(fill(detectron2(R50_SMALL)), R50_SMALL)
     counters = [tensor for name, tensor in state.items() if name.endswith("num_batches_tracked")]
     assert len(counters) == 53
@@ -166,10 +166,12 @@ def test_patch_merging_of_mmdet_computes_the_same() -> None:
     state, report = weights.load(tensors, SWIN_SMALL)
     images = torch.randn(2, channels, height, width)
 
-    place = "backbone.stages.0.downsample."
+    foreign_prefix = "backbone.stages.0.downsample."
     gathered = F.unfold(images, kernel_size=2, stride=2).transpose(1, 2)
-    gathered = F.layer_norm(gathered, (4 * channels,), tensors[f"{place}norm.weight"], tensors[f"{place}norm.bias"])
-    theirs = F.linear(gathered, tensors[f"{place}reduction.weight"])
+    gathered = F.layer_norm(
+        gathered, (4 * channels,), tensors[f"{foreign_prefix}norm.weight"], tensors[f"{foreign_prefix}norm.bias"]
+    )
+    theirs = F.linear(gathered, tensors[f"{foreign_prefix}reduction.weight"])
 
     merging = PatchMerging(channels, nn.LayerNorm)
     prefix = "backbone.features.2."
@@ -196,7 +198,7 @@ BACKBONES = {
     "timm": (
         classifier(
             {
-                # The merging counts to the stage after it.
+                # The merging belongs to the stage after it.
                 name.replace("layers.2.down", "layers.3.down")
                 .replace("layers.1.down", "layers.2.down")
                 .replace("layers.0.down", "layers.1.down"): shape
@@ -212,13 +214,17 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_gives_every_tensor_of_ours_but_the_output_norms(name: str) -> None:
+def test_a_backbone_gives_every_native_tensor_but_the_output_norms(name: str) -> None:
     shapes, config = BACKBONES[name]
     state, report = weights.load(fill(shapes), config)
-    own = [own for own in expected(config) if own.startswith("backbone.") and not own.startswith("backbone.norms.")]
+    native = [
+        native
+        for native in expected(config)
+        if native.startswith("backbone.") and not native.startswith("backbone.norms.")
+    ]
     assert report.format == name
-    assert list(state) == own
-    assert set(report.missing) == expected(config).keys() - set(own)
+    assert list(state) == native
+    assert set(report.missing) == expected(config).keys() - set(native)
     assert all(
         unused.startswith(("fc.", "head.", "norm.", "stem.fc.")) or unused.endswith(("_index", "attn_mask"))
         for unused in report.unused
@@ -235,9 +241,9 @@ def test_the_merging_is_between_the_right_stages(name: str, first: int) -> None:
 
 
 def test_torchvision_swin() -> None:
-    """Ours has the names of torchvision's already."""
-    own = {name: tensor for name, tensor in expected(SWIN_SMALL).items() if name.startswith("backbone.features.")}
-    tensors = fill({name.removeprefix("backbone."): tuple(tensor.shape) for name, tensor in own.items()})
+    """The native names are those of torchvision."""
+    native = {name: tensor for name, tensor in expected(SWIN_SMALL).items() if name.startswith("backbone.features.")}
+    tensors = fill({name.removeprefix("backbone."): tuple(tensor.shape) for name, tensor in native.items()})
     state, report = weights.load({**tensors, "norm.weight": torch.ones(768)}, SWIN_SMALL)
     assert report.format == "torchvision"
     assert {name.removeprefix("backbone.") for name in state} == tensors.keys()
@@ -245,14 +251,14 @@ def test_torchvision_swin() -> None:
 
 @pytest.mark.parametrize("layout", [MMDET_2, MMDET_3], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("config", [R50_SMALL, SWIN_SMALL], ids=lambda config: config.backbone)
-def test_every_tensor_of_ours_has_one_name_in_mmdet(layout: Layout, config: ModelConfig) -> None:
+def test_every_native_tensor_has_one_name_in_mmdet(layout: Layout, config: ModelConfig) -> None:
     """Otherwise export would depend on the order of the rows."""
     for name in expected(config):
-        rows = [row for row in layout.rows if row.own_regex.fullmatch(name)]
+        rows = [row for row in layout.rows if row.native_regex.fullmatch(name)]
         assert sum(row.encoder in (None, config.encoder_layers > 0) for row in rows) == 1, name
 
 
-def test_a_third_of_an_attention_is_refused() -> None:
+def test_an_incomplete_attention_is_refused() -> None:
     names = [f"model.transformer_module.decoder.layers.0.self_attn.{letter}_proj.weight" for letter in "qk"]
     with pytest.raises(ValueError, match=r"The state dict has .*q_proj.weight.* but not all of query, key and value"):
         weights.load({name: torch.zeros(32, 32) for name in names}, SWIN_SMALL)
@@ -287,6 +293,6 @@ def test_export_is_the_inverse_of_import() -> None:
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
-def test_names_of_no_code_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="no tensor of a MaskFormer or of its backbones; its names begin with encoder"):
-        recognise(Weights("The file", {"encoder.weight": torch.zeros(1)}))
+        recognize(Weights("The file", {"encoder.weight": torch.zeros(1)}))

@@ -1,4 +1,4 @@
-"""What a planted pickle can do to this process: nothing."""
+"""A malicious pickle cannot do anything to this process."""
 
 import codecs
 import io
@@ -33,7 +33,7 @@ def rebuilder(value: Any, protocol: int = 2) -> Any:
 
 
 OBJECTS = Planted(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
-"""A data type that says it holds no references, which numpy believes."""
+"""A data type that claims to hold no references, which numpy accepts."""
 SET_ITEM = b"K\x00U\x01xs."
 ADDRESS = b"A" * 8
 POINTERS = {
@@ -44,7 +44,7 @@ POINTERS = {
 
 
 def test_numpy_follows_no_pointer_of_a_file(tmp_path: Path) -> None:
-    """Setting an item of an array of objects gives up what was there: here, an object at 0x4141414141414141."""
+    """Setting an item of an object array releases the old item: here, an object at 0x4141414141414141."""
     for name, array in POINTERS.items():
         (tmp_path / f"{name}.item").write_bytes(pickle.dumps(array, 5)[:-1] + SET_ITEM)
         (tmp_path / f"{name}.model").write_bytes(pickle.dumps({"model": {"a": array}}, 5))
@@ -143,8 +143,8 @@ ODD = {
     "its numpy data type '<f16' is not one of numbers": np.zeros(2, np.longdouble),
     "its numpy data type '|O8' is not one of numbers": np.array([None, 1]),
     "its numpy data type '<c8' is not one of numbers": np.zeros(2, np.complex64),
-    "its 8 bytes are not as many as its shape says": array(1, (3,), FLOAT, False, b"A" * 8),
-    "its 4 bytes are not as many as its shape says": array(1, (-1, -1), FLOAT, False, b"A" * 4),
+    "its 8 bytes do not fit its shape": array(1, (3,), FLOAT, False, b"A" * 8),
+    "its 4 bytes do not fit its shape": array(1, (-1, -1), FLOAT, False, b"A" * 4),
     "it is not an array of numbers": array(1, ("x",), FLOAT, False, b"A" * 4),
     "out of bounds": Planted(_rebuild_tensor_v2, (torch.zeros(2)._typed_storage(), 0, (2,), (-9,), False, {})),
 }

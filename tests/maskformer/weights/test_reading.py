@@ -1,4 +1,4 @@
-"""Every format is told by its content, and no file runs code."""
+"""Every format is detected from its content, and no file runs code."""
 
 import io
 import json
@@ -65,7 +65,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_every_format_whatever_its_name(kind: str, tmp_path: Path) -> None:
+def test_every_format_under_any_file_name(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.of.some.kind"
     path.write_bytes(FILES[kind]())
     assert same(read(path))
@@ -74,7 +74,7 @@ def test_every_format_whatever_its_name(kind: str, tmp_path: Path) -> None:
         assert same(read(file))
 
 
-def test_numpy_1_is_really_what_was_tested() -> None:
+def test_the_file_of_numpy_1_has_its_module_names() -> None:
     assert b"numpy.core.multiarray" in FILES["pickle of arrays by numpy 1"]()
 
 
@@ -130,14 +130,14 @@ def test_the_file_inside_a_folder_knows_its_configuration(tmp_path: Path) -> Non
     write_folder(tmp_path / "folder", FOLDERS["safetensors"](), {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
     weights = read(tmp_path / "folder" / "model.safetensors")
     assert weights.about == {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
-    assert class_names(weights) is None  # what transformers writes for want of names
+    assert class_names(weights) is None  # transformers writes these if classes have no names
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", sharded(), {})
     (tmp_path / "folder" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"no file .*model-00002-of-00002\.safetensors, which the index .*index\.json names"
+        ValueError, match=r"no file .*model-00002-of-00002\.safetensors, which the index .*index\.json lists"
     ):
         read(tmp_path / "folder")
 
@@ -155,14 +155,14 @@ def test_an_index_is_read_as_its_folder(tmp_path: Path) -> None:
 )
 def test_a_damaged_index_is_explained(index: object, tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", {"model.safetensors.index.json": json.dumps(index).encode()}, {})
-    with pytest.raises(ValueError, match=r"index\.json is no index of a model: its weight_map must"):
+    with pytest.raises(ValueError, match=r"index\.json is not the index of a model: its weight_map must"):
         read(tmp_path / "folder")
 
 
 def test_an_index_is_no_part_of_itself(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors.index.json"}}
     write_folder(tmp_path / "folder", {"model.safetensors.index.json": json.dumps(index).encode()}, {})
-    with pytest.raises(ValueError, match=r"index\.json is of an unknown format"):
+    with pytest.raises(ValueError, match=r"index\.json has an unknown format"):
         read(tmp_path / "folder")
 
 
@@ -299,7 +299,7 @@ def test_getattr_reaches_nothing(history_buffer: Any) -> None:
 BROKEN = {
     "is empty": lambda: b"",
     "is a web page": lambda: b"\n<!DOCTYPE html><html>404</html>",
-    "pointer to a file kept by git-lfs": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
+    "pointer to a file in git-lfs": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
     "unknown format: it begins with b'GIF89a": lambda: b"GIF89a.........",
     "holds no tensors by name, but a dict with the keys epoch": lambda: zipped({"epoch": 3}),
     "holds no tensors by name, but a Tensor": lambda: zipped(torch.zeros(3)),
@@ -308,7 +308,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_what_is_no_checkpoint_is_explained(message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_explained(message: str, tmp_path: Path) -> None:
     (tmp_path / "weights.pth").write_bytes(BROKEN[message]())
     with pytest.raises(ValueError, match=rf"^{tmp_path}/weights\.pth .*{message}") as error:
         read(tmp_path / "weights.pth")
@@ -320,7 +320,7 @@ def test_what_is_no_checkpoint_is_explained(message: str, tmp_path: Path) -> Non
 def test_truncated_files_are_explained(kind: str, share: float, tmp_path: Path) -> None:
     data = FILES[kind]()
     (tmp_path / "weights.pth").write_bytes(data[: max(20, int(share * len(data)))])
-    with pytest.raises(ValueError, match=r"weights\.pth is damaged, cut short, or not a file of weights") as error:
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged, truncated, or not a file of weights") as error:
         read(tmp_path / "weights.pth")
     assert "\n" not in str(error.value)
     assert "weights_only" not in str(error.value)
@@ -329,16 +329,16 @@ def test_truncated_files_are_explained(kind: str, share: float, tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
 def test_torchscript_is_refused() -> None:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:  # what tells torch that it is one
+    with zipfile.ZipFile(file, "w") as archive:  # by which torch recognizes one
         archive.writestr("model/constants.pkl", pickle.dumps(()))
         archive.writestr("model/version", "3")
-    with pytest.raises(ValueError, match="beside tensors it holds a TorchScript program") as error:
+    with pytest.raises(ValueError, match="besides tensors it holds a TorchScript program") as error:
         read(io.BytesIO(file.getvalue()))
     assert "weights_only" not in str(error.value)
 
 
 def test_reasons_are_short() -> None:
-    with pytest.raises(ValueError, match=r"alone \(EOFError\)\. Copy"):
+    with pytest.raises(ValueError, match=r"only \(EOFError\)\. Copy"):
         read(io.BytesIO(legacy(TENSORS)[:20]))
     names = pickle.dumps(("os\nsystem", "x" * 9000), 2)
     with pytest.raises(ValueError, match=r"holds 'os\\nsystem\.xxx") as error:
@@ -346,7 +346,7 @@ def test_reasons_are_short() -> None:
     assert len(str(error.value)) < 400
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_paths_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"There is no file {tmp_path}/nothing\. Give"):
         read(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"holds no checkpoint: it has none of model\.safetensors"):
@@ -371,10 +371,10 @@ def test_state_dicts() -> None:
 
 
 NO_TENSORS: dict[str, Callable[[], dict[Any, Any]]] = {
-    "the key 1 of a tensor is no name": lambda: {**TENSORS, 1: torch.zeros(1)},
-    "the key 'a\\\\nb' of a tensor is no name": lambda: {"a\nb": torch.zeros(1)},
-    "its tensor c is sparse, quantised or nested": lambda: {"c": torch.eye(2).to_sparse()},
-    "its tensor d is sparse, quantised or nested": lambda: {
+    "the key 1 of a tensor is not a name": lambda: {**TENSORS, 1: torch.zeros(1)},
+    "the key 'a\\\\nb' of a tensor is not a name": lambda: {"a\nb": torch.zeros(1)},
+    "its tensor c is sparse, quantized or nested": lambda: {"c": torch.eye(2).to_sparse()},
+    "its tensor d is sparse, quantized or nested": lambda: {
         "d": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)
     },
     "its tensor e cannot be read": lambda: {"e": np.zeros(2, np.longdouble)},
@@ -383,12 +383,12 @@ NO_TENSORS: dict[str, Callable[[], dict[Any, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize("message", NO_TENSORS)
-def test_what_is_no_tensor_by_name_is_refused(message: str) -> None:
+def test_entries_that_are_not_named_tensors_are_refused(message: str) -> None:
     with pytest.raises(ValueError, match=f"^The state dict is not used: {message}"):
         read(NO_TENSORS[message]())
 
 
-def test_a_state_dict_is_taken_as_it_is() -> None:
+def test_a_state_dict_is_returned_unchanged() -> None:
     weights = read(TENSORS)
     assert same(weights)
     assert read(weights) is weights

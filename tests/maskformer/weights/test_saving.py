@@ -1,4 +1,4 @@
-"""Import then export gives back every tensor bit for bit, and nothing is left half-written."""
+"""Import then export gives back every tensor bit for bit, and no partial file is left."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskformer import DEMO, MaskFormer, ModelConfig, Taxonomy, build_model, weights
+from maskformer.config import WeightFormat
 from maskformer.taxonomy import COCO
 from tests.maskformer.weights.foreign_names import R50_SMALL, SWIN_SMALL, fill, mmdet
 
@@ -41,13 +42,13 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("config", [R50_SMALL, SWIN_SMALL], ids=lambda config: config.backbone)
 @pytest.mark.parametrize(("format", "version"), [("mmdet", 3), ("mmdet2", 2)])
-def test_a_file_of_mmdet_survives(format: weights.Format, version: int, config: ModelConfig, tmp_path: Path) -> None:
+def test_a_file_of_mmdet_survives(format: WeightFormat, version: int, config: ModelConfig, tmp_path: Path) -> None:
     names = tuple(f"class {index}" for index in range(config.num_classes))
     meta = {"CLASSES": names} if version == 2 else {"dataset_meta": {"classes": names}}
     original = {"meta": meta, "state_dict": fill(mmdet(version, config))}
     torch.save(original, tmp_path / "original.pth")
     taxonomy = Taxonomy.from_coco([{"id": index, "name": name, "isthing": 1} for index, name in enumerate(names)])
-    model = loaded(tmp_path / "original.pth", weights.detect(tmp_path / "original.pth"))
+    model = loaded(tmp_path / "original.pth", weights.detect_config(tmp_path / "original.pth"))
     weights.save(model, tmp_path / "again.pth", format, taxonomy)
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     assert again["meta"] == meta
@@ -55,15 +56,15 @@ def test_a_file_of_mmdet_survives(format: weights.Format, version: int, config: 
 
 
 @pytest.mark.parametrize("config", [DEMO, TINY], ids=["demo", "tiny"])
-def test_our_own_file_states_its_configuration(config: ModelConfig, tmp_path: Path) -> None:
+def test_a_native_file_states_its_configuration(config: ModelConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, num_classes=2, dropout=0.25)
     model = build_model(config)
     weights.save(model, tmp_path / "model", taxonomy=ANIMALS)
     file = weights.read(tmp_path / "model")
-    assert weights.detect(file) == config
+    assert weights.detect_config(file) == config
     assert weights.stated_taxonomy(file) == ANIMALS
     state, report = weights.load(file, config, ANIMALS)
-    assert (report.format, report.missing, report.unused, report.reshaped) == ("own", (), (), ())
+    assert (report.format, report.missing, report.unused, report.reshaped) == ("native", (), (), ())
     assert_equal(state, dict(model.state_dict()))
 
 
@@ -74,8 +75,8 @@ def test_133_classes_are_written_with_the_names_of_coco(tmp_path: Path) -> None:
     assert weights.class_names(weights.read(tmp_path / "unnamed")) is None
 
 
-@pytest.mark.parametrize("format", ["own", "huggingface"])
-def test_what_is_there_already_is_kept(format: weights.Format, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["native", "huggingface"])
+def test_an_existing_output_is_kept(format: WeightFormat, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, backbone="resnet50") if format == "huggingface" else TINY
     model = build_model(config)
     output = tmp_path / "new" / "output"
@@ -84,7 +85,9 @@ def test_what_is_there_already_is_kept(format: weights.Format, tmp_path: Path) -
     with torch.no_grad():
         model.class_head.bias.add_(1)
     before = {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"something else at {output} already\. Name another output, or delete it"):
+    with pytest.raises(
+        ValueError, match=rf"{output} already exists with other content\. Choose another output, or delete it"
+    ):
         weights.save(model, output, format)
     assert {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == before
 
@@ -103,15 +106,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("format", "change", "message"),
     [
-        ("timm", {}, r"no format 'timm' to write\. Use one of own, mmdet, mmdet2, huggingface"),
+        ("timm", {}, r"no format 'timm' to write\. Use one of native, mmdet, mmdet2, huggingface"),
         ("mmdet", {}, r"backbone\.stem\.0\.weight has no name in mmdet 3\.x"),
         ("huggingface", {}, "no backbone 'small'"),
-        ("huggingface", {"encoder_layers": 6}, "no transformer encoder in its pixel decoder, this model has 6 layers"),
+        (
+            "huggingface",
+            {"encoder_layers": 6},
+            "no transformer encoder in its pixel decoder, this model has 6 encoder layers",
+        ),
         ("huggingface", {"backbone": "resnet50", "hidden_dim": 48}, "must be a multiple of 32, got 48"),
     ],
 )
-def test_models_that_a_format_does_not_have(
-    format: weights.Format, change: dict[str, object], message: str, tmp_path: Path
+def test_models_that_a_format_cannot_represent(
+    format: WeightFormat, change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     model = build_model(dataclasses.replace(TINY, **change))
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,87 @@
+"""What all jobs share: parsing flags, help, logging, exit statuses.
+
+Exit status 0 is success, 2 a user error, 130 Ctrl-C, 1 anything else. Nothing here imports torch or Ray, so `--help`
+answers at once.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from jobs.shared import console
+from jobs.shared.help import short_help
+from pipelines.errors import RunFailedError, UserError
+
+Config = TypeVar("Config")
+
+
+def parse(
+    config_type: type[Config],
+    default: Config | None = None,
+    description: str | None = None,
+    shown: Iterable[str] | None = None,
+    usage: str = "[--SETTING VALUE ...]",
+) -> Config:
+    """Read the command line into a `config_type`.
+
+    An unknown flag or an invalid value exits with status 2 and a suggestion.
+
+    Args:
+        default: an instance, such as one with a recipe, whose every setting may be overridden.
+        description: for `--help`.
+        shown: dotted names of the settings that `--help` shows; `--help-all` shows all. None if `--help` does.
+        usage: for `--help`, what follows the program's name.
+    """
+    arguments = _own_arguments()
+    command = sys.argv[1 + len(arguments) :]
+    prog = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
+    if asks_for_help():
+        print(short_help(prog, description or config_type.__doc__ or "", config_type, default, shown, usage))
+        sys.exit(0)
+    return tyro.cli(
+        config_type,
+        prog=prog,
+        args=[*("--help" if argument == "--help-all" else argument for argument in arguments), *command],
+        default=tyro.MISSING_NONPROP if default is None else default,
+        description=description,
+        # A union keeps the recipe's variant and stays overridable by plain flags.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def asks_for_help() -> bool:
+    """Tell whether the command line has `--help`."""
+    return bool({"--help", "-h"}.intersection(_own_arguments()))
+
+
+def _own_arguments() -> list[str]:
+    """Return the arguments before `--`, after which a command for a cluster follows."""
+    arguments = sys.argv[1:]
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a job's `main` and exit with its status (None is 0)."""
+    logging.basicConfig(format=console.FORMAT, level=logging.INFO, stream=sys.stderr)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailedError as error:
+        print(f"error: {error}{_details()}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:  # a bug; keep its traceback for the report
+        if details := _details():
+            print(details.strip(), file=sys.stderr)
+        raise
+
+
+def _details() -> str:
+    return f" The output of Ray is in {console.log_files[-1]}." if console.log_files else ""

@@ -1,0 +1,40 @@
+"""Resize and normalize images for the model, in the same way for training and inference.
+
+Letters: B images, H W original image, h w resized image.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+from torchvision.transforms.v2 import functional as tv  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+
+
+def resized_shape(height: int, width: int, short_side: int, long_side: int | None) -> tuple[int, int]:
+    """Return the height and width in pixels of the resized image, with the aspect ratio kept.
+
+    The short side becomes `short_side`, unless the long side would exceed `long_side` (None: no limit).
+    """
+    scale = short_side / min(height, width)
+    if long_side is not None:
+        scale = min(scale, long_side / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(
+    image: UInt8[np.ndarray, "H W 3"], shape: tuple[int, int], antialias: bool = False
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize bilinearly, like OpenCV (mmdetection) without `antialias`, like Pillow (the original code) with it."""
+    planes = torch.as_tensor(np.ascontiguousarray(image)).permute(2, 0, 1)
+    planes = tv.resize(planes, list(shape), InterpolationMode.BILINEAR, antialias=antialias)
+    return planes.permute(1, 2, 0).contiguous().numpy()
+
+
+def normalize(
+    images: UInt8[Tensor, "B 3 H W"], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float[Tensor, "B 3 H W"]:
+    """Return (images - mean) / std in float32."""
+    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images.float() - shift) / scale

@@ -1,0 +1,63 @@
+"""The model of a checkpoint without the optimizer, for evaluation and the registry."""
+
+import json
+from dataclasses import dataclass
+
+import safetensors.torch
+from torch import Tensor
+
+from maskformer.taxonomy import Taxonomy
+from pipelines.checkpoints.state import DamagedCheckpointError, newest, read_verified, step_of
+from pipelines.config.serialize import from_dict
+from pipelines.config.train import TrainConfig
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The part of a checkpoint that inference needs."""
+
+    uri: str
+    step: int
+    weights: dict[str, Tensor]
+    config: TrainConfig
+    taxonomy: Taxonomy
+    folder: str = ""
+    """Folder for results: that of its run, or one beside the file. Empty for a model in memory."""
+
+
+def is_native(location: Location) -> bool:
+    """Return whether this is the folder of a run or of one of its checkpoints."""
+    return step_of(location) is not None or (location / "checkpoints").exists()
+
+
+def load_model(location: Location) -> SavedModel:
+    """Read the model in a checkpoint's folder, or in the newest complete checkpoint of a run's folder.
+
+    Raises:
+        UserError: there is no complete checkpoint, it is damaged, or another version wrote it.
+    """
+    try:
+        saved = newest(location, _read) if step_of(location) is None else _read(location)
+    except DamagedCheckpointError as error:
+        raise UserError(f"{error} Use another of the run's checkpoints/step_* folders.") from error
+    if saved is None:
+        raise UserError(
+            f"{location} has no complete checkpoint in checkpoints/step_*. Name a run's folder "
+            f"(<storage>/<run name>) or one of its checkpoints/step_* folders."
+        )
+    return saved
+
+
+def _read(folder: Location) -> SavedModel:
+    data = read_verified(folder, ["model.safetensors", "config.json"])
+    saved = json.loads(data["config.json"])
+    return SavedModel(
+        uri=str(folder),
+        step=step_of(folder) or 0,
+        weights=safetensors.torch.load(data["model.safetensors"]),
+        config=from_dict(TrainConfig, saved["config"]),
+        taxonomy=Taxonomy.from_coco(saved["categories"]),
+        folder=str(folder).rpartition("/checkpoints/")[0] or str(folder),
+    )

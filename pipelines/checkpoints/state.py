@@ -1,0 +1,220 @@
+"""The training state, and how it is saved, verified and found again.
+
+    <run>/checkpoints/step_00000120/model.safetensors   the weights
+                                    state.pt            step and optimizer; loads with weights_only
+                                    config.json         resolved configuration and taxonomy
+                                    manifest.json       step, environment and the sha256 of each file; written last
+
+A folder without a manifest, or with a file that does not match it, is not a complete checkpoint. No random state is
+saved, since every random number is a function of the position in the data.
+"""
+
+import io
+import json
+import logging
+import pickle
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from maskformer.taxonomy import Taxonomy
+from pipelines.config.serialize import to_dict
+from pipelines.config.train import TrainConfig
+from pipelines.errors import UserError
+from pipelines.storage import Location, sha256
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 2
+_FOLDER = re.compile(r"step_(\d{8,})$")
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a run needs to resume as if it had not been interrupted."""
+
+    step: int
+    """Optimizer steps completed. The data stream resumes at position step * global batch."""
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+class DamagedCheckpointError(ValueError):
+    """A folder that is not a complete checkpoint; the message names the file."""
+
+
+def step_folder(run: Location, step: int) -> Location:
+    """Return the location of a run's checkpoint after `step` steps."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(folder: Location) -> int | None:
+    """Return the step of a checkpoint's folder; None if the folder's name is not that of a checkpoint."""
+    match = _FOLDER.match(folder.name)
+    return int(match[1]) if match else None
+
+
+def steps_saved(run: Location) -> list[int]:
+    """Return the steps that have a checkpoint folder, complete or not, ascending."""
+    folders = ((run / "checkpoints") / name for name in (run / "checkpoints").names())
+    return sorted(step for folder in folders if (step := step_of(folder)) is not None)
+
+
+def environment(config: TrainConfig) -> dict[str, Any]:
+    """Return the conditions that must stay the same for a resumed run to be bit-identical."""
+    return {
+        "workers": config.scaling.workers,
+        "threads": config.scaling.threads,
+        "device": config.scaling.device,
+        "torch": str(torch.__version__),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def save(folder: Location, state: TrainingState, config: TrainConfig, taxonomy: Taxonomy) -> None:
+    """Write a checkpoint folder.
+
+    The manifest of an existing folder is deleted first, so a mix of old and new files is never a complete checkpoint.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    (folder / "manifest.json").delete()
+    buffer = io.BytesIO()
+    torch.save({"step": state.step, "optimizer": state.optimizer}, buffer)
+    files = {
+        "model.safetensors": safetensors.torch.save(state.model),
+        "state.pt": buffer.getvalue(),
+        "config.json": json.dumps({"config": to_dict(config), "categories": taxonomy.to_coco()}, indent=1).encode(),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    manifest = {
+        "version": _VERSION,
+        "step": state.step,
+        "environment": environment(config),
+        "files": {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in files.items()},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """Read the manifest of a checkpoint: `step`, `environment` and the hashes of its `files`. No other file is read.
+
+    Raises:
+        DamagedCheckpointError: the manifest is missing or cannot be read.
+        UserError: another version wrote it, or the storage cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["version"] == _VERSION:
+            return manifest
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
+    except UserError:
+        raise  # unreachable storage does not mean that the checkpoint is damaged
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    raise UserError(
+        f"The checkpoint {folder} has version {manifest['version']}, and this program reads {_VERSION}. Use the "
+        f"version of maskformer-ray that wrote it, or start a new run with --weights {folder}/model.safetensors."
+    )
+
+
+def check_files(folder: Location) -> dict[str, Any]:
+    """Check that all files of a checkpoint are there in their sizes, without reading them; return its manifest.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or has another size, or the manifest cannot be read.
+        UserError: another version wrote the checkpoint, or the storage cannot be read.
+    """
+    manifest = read_manifest(folder)
+    wrong = [name for name, file in manifest["files"].items() if (folder / name).size() != file["bytes"]]
+    if wrong:
+        raise DamagedCheckpointError(f"{folder} is damaged: {', '.join(wrong)} is missing or has another size.")
+    return manifest
+
+
+def read_verified(folder: Location, names: list[str]) -> dict[str, bytes]:
+    """Read files of a checkpoint and verify them against its manifest.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or does not match the manifest.
+        UserError: another version wrote the checkpoint, or the storage cannot be read.
+    """
+    manifest = read_manifest(folder)
+    try:
+        data = {name: (folder / name).read_bytes() for name in names}
+        wrong = [name for name in names if sha256(data[name]) != manifest["files"][name]["sha256"]]
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise DamagedCheckpointError(
+            f"{folder} is damaged: {', '.join(wrong)} does not have the hash in manifest.json."
+        )
+    return data
+
+
+def load(folder: Location) -> TrainingState:
+    """Read and verify a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, does not match the manifest, or cannot be decoded.
+        UserError: another version wrote the checkpoint, or the storage cannot be read.
+    """
+    data = read_verified(folder, ["model.safetensors", "state.pt"])
+    try:
+        rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
+        return TrainingState(rest["step"], safetensors.torch.load(data["model.safetensors"]), rest["optimizer"])
+    except pickle.UnpicklingError as error:  # torch's message advises to disable the protection
+        raise DamagedCheckpointError(
+            f"{folder} was not opened: its state.pt has more than tensors and plain values, so loading it could run "
+            f"code."
+        ) from error
+    except Exception as error:  # both libraries raise many types for what they cannot read
+        raise DamagedCheckpointError(
+            f"{folder} cannot be read by this version: {type(error).__name__}: {error}"
+        ) from error
+
+
+def newest(run: Location, read: Callable[[Location], Loaded]) -> Loaded | None:
+    """Read a run's newest complete checkpoint; damaged ones are logged and skipped.
+
+    Args:
+        read: reads one checkpoint folder, such as `load`.
+
+    Returns:
+        The result of `read`, or None if no checkpoint was ever completed.
+
+    Raises:
+        UserError: all are damaged, since only the user can decide to train from the beginning; another version wrote
+            the newest one; or the storage cannot be read.
+    """
+    problems: list[str] = []
+    for step in reversed(steps_saved(run)):
+        folder = step_folder(run, step)
+        if not (folder / "manifest.json").exists():
+            continue  # the run was interrupted while writing it
+        try:
+            return read(folder)
+        except DamagedCheckpointError as error:
+            logger.warning("Skipping a checkpoint. %s", error)
+            problems.append(str(error))
+    if problems:
+        raise UserError(
+            f"No checkpoint of {run} can be used: {' '.join(problems)} Restore one of them from a copy, or start a new "
+            f"run with another --run.name."
+        )
+    return None

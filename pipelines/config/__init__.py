@@ -1,0 +1,3 @@
+"""Configuration: dataclasses whose fields are flags, recipes, and how they are read, overridden and saved."""
+
+from pipelines.config.train import TrainConfig as TrainConfig

@@ -1,0 +1,67 @@
+"""PublishConfig: which checkpoint to evaluate, on which data, and where to register it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config.train import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdConfig:
+    """Thresholds of the panoptic fusion, where they differ from those of the checkpoint."""
+
+    score_threshold: float | None = None
+    """Keep a query if its class probability is above this. Default: the checkpoint's value."""
+    overlap_threshold: float | None = None
+    """Keep a segment if at least this share of its mask remains visible. Default: the checkpoint's value."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"panoptic.{name} must lie in [0, 1], got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceScaling:
+    """Number and resources of the inference workers."""
+
+    workers: int = 1
+    """Processes that run the model, each with one device."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device of each worker: one GPU, or the CPU."""
+    cpus_per_worker: float = 0.5
+    """CPUs of each worker, and of each task that reads images. Fractions are allowed."""
+
+    def __post_init__(self) -> None:
+        at_least("scaling", self, workers=1)
+        if not self.cpus_per_worker > 0:
+            raise ValueError(f"scaling.cpus_per_worker must be positive, got {self.cpus_per_worker}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishTracking:
+    """Logging to MLflow."""
+
+    uri: str = ""
+    """MLflow tracking URI. Default: that of the training run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Which checkpoint to evaluate, on which data, and where to register it."""
+
+    checkpoint: str
+    """Checkpoint to evaluate: a path or URI. One of a run's checkpoints/step_* folders; the run's folder
+    (<storage>/<run name>) for its newest checkpoint; or a checkpoint of mmdetection, detectron2 or Hugging Face."""
+    data: str
+    """Pack to evaluate on, written by prepare_data.py."""
+    output: str = ""
+    """Folder for predictions and metrics. Default: evaluation/<step>-<name of data> in the run's folder, or beside a
+    checkpoint file."""
+    register: str = ""
+    """Registered model to which a new version is added. Default: nothing is registered."""
+    alias: str = "candidate"
+    """Alias to set on the new version of the registered model."""
+    panoptic: ThresholdConfig = field(default_factory=ThresholdConfig)
+    scaling: InferenceScaling = field(default_factory=InferenceScaling)
+    tracking: PublishTracking = field(default_factory=PublishTracking)

@@ -1,0 +1,187 @@
+"""TrainConfig: the complete configuration of a training run, as frozen dataclasses. Every field is a flag.
+
+A recipe (recipes.py) is a complete TrainConfig. `resolve` (resolve.py) makes its paths absolute and fills in defaults.
+The docstring below a field is its help text; `--help` shows the first sentence, `--help-all` all of it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from maskformer.config import LossConfig, ModelConfig, OptimizerConfig, PanopticConfig, ScheduleConfig
+from pipelines.data.augment_config import AugmentConfig
+from pipelines.data.order import BatchSplit
+
+
+def at_least(part: str, config: Any, **limits: int) -> None:
+    """Raise ValueError if a field of `config`, the part of a configuration named `part`, is below its limit."""
+    for name, limit in limits.items():
+        if getattr(config, name) < limit:
+            raise ValueError(f"{part}.{name} must be at least {limit}, got {getattr(config, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The packed data and how it is read."""
+
+    train: str = ""
+    """Pack of training images, from prepare_data.py. Path or s3:// URI. Default: $MASKFORMER_TRAIN_DATA."""
+    val: str = ""
+    """Pack of validation images for the quick PQ. Default: $MASKFORMER_VAL_DATA, or no quick PQ if that is unset."""
+    require_thing: bool = True
+    """Skip images without a non-crowd thing segment, as mmdetection does."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    samples_per_task: int = 16
+    """Images that one Ray Data task decodes and augments."""
+    prefetch: int = 8
+    """Micro-batches that each worker prefetches."""
+
+    def __post_init__(self) -> None:
+        at_least("data", self, samples_per_task=1, prefetch=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Name, folder, length and batch size of a run."""
+
+    name: str = ""
+    """Name of the run; an existing run of that name is resumed. It is also the name of the run's folder. Default: the
+    recipe's name with date and time."""
+    storage: str = ""
+    """Folder that holds all runs. A path or s3:// URI. Default: $MASKFORMER_STORAGE."""
+    seed: int = 0
+    """Seed of initial weights, sample order, augmentation and dropout."""
+    epochs: float = 75
+    """Passes over the training images. Ignored if run.steps is set."""
+    steps: int | None = None
+    """Optimizer steps to train for, instead of run.epochs."""
+    global_batch: int = 16
+    """Images per optimizer step, over all workers."""
+    micro_batch: int = 1
+    """Images per forward pass of one worker. It affects the result: images are padded to the largest of the batch, and
+    convolutions, GroupNorm and Swin's windows see the padding."""
+    sample_log: bool = False
+    """Log the image ids of every step to samples.jsonl. One line per step and worker; needs a local run.storage."""
+
+    def __post_init__(self) -> None:
+        at_least("run", self, seed=0, global_batch=1, micro_batch=1)
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            raise ValueError(f"A run needs at least one step, got run.epochs {self.epochs} and run.steps {self.steps}.")
+        if "/" in self.name or self.name.startswith("."):
+            raise ValueError(
+                f"run.name must be the name of one folder, got {self.name!r}. Set its parent folder by --run.storage."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Number and resources of the workers, and failure limits. Nothing here changes the training mathematically."""
+
+    workers: int = 16
+    """Training processes, each with one device. Gradient accumulation follows from run.global_batch."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Device of each worker: one GPU, or the CPU."""
+    cpus_per_worker: float = 2
+    """CPUs that each worker reserves in Ray. Fractions are allowed."""
+    data_cpus: float = 16
+    """CPUs for decoding and augmentation, all workers together. Ray Data tasks run there. Fractions are allowed."""
+    threads: int = 1
+    """PyTorch threads per worker. On CPUs the number affects rounding, so bit-identical resuming needs the same one."""
+    max_failures: int = 8
+    """Times that failed workers are restarted before the run fails."""
+    collective_timeout: float = 300
+    """Timeout of collective operations such as all-reduce, in seconds."""
+
+    def __post_init__(self) -> None:
+        at_least("scaling", self, workers=1, threads=1, max_failures=0)
+        for name in ("cpus_per_worker", "data_cpus", "collective_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"scaling.{name} must be positive, got {getattr(self, name)}.")
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Resources that each worker reserves, by Ray's names."""
+        gpu = {"GPU": 1.0} if self.device == "cuda" else {}
+        return {"CPU": self.cpus_per_worker, **gpu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often checkpoints are written, and how many are kept."""
+
+    every: int = 500
+    """Steps between checkpoints. A failure loses at most this many."""
+    keep: int = 3
+    """Number of newest checkpoints to keep. If the newest is damaged, the one before it is used."""
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint", self, every=1, keep=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Image size in evaluation, and the quick PQ during training."""
+
+    short_side: int = 800
+    """Short side in pixels to which images are resized for evaluation."""
+    long_side: int = 1333
+    """Upper limit of the long side in pixels. Takes precedence over short_side."""
+    every: int = 5000
+    """Steps between computations of the quick PQ; 0 disables it."""
+    images: int = 256
+    """Images for the quick PQ. Always the same ones, evenly spaced in data.val."""
+
+    def __post_init__(self) -> None:
+        at_least("evaluation", self, short_side=1, long_side=1, every=0, images=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Logging to MLflow."""
+
+    uri: str = ""
+    """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in a local run.storage."""
+    experiment: str = "maskformer"
+    """MLflow experiment of the run. Created if it does not exist."""
+    log_every: int = 20
+    """Steps between logged losses."""
+    parent: str = ""
+    """Id of the parent MLflow run. A sweep sets it for its trials."""
+
+    def __post_init__(self) -> None:
+        at_least("tracking", self, log_every=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A complete training run."""
+
+    recipe: str
+    """Recipe that the configuration is based on."""
+    weights: str = "imagenet"
+    """Initial weights: `imagenet`, `none`, or a path or URI. `imagenet` is the backbone from torch hub's cache; `none`
+    is random initialization. A path or URI is that of a backbone, of a complete model of mmdetection, detectron2 or
+    Hugging Face, or of a run."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the network on GPUs (autocast). Matching, losses and everything on CPUs are float32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    panoptic: PanopticConfig = field(default_factory=PanopticConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def batch_split(self) -> BatchSplit:
+        """How the global batch is split among workers and micro-batches.
+
+        Raises:
+            UserError: the global batch does not divide evenly among the workers.
+        """
+        return BatchSplit(
+            global_batch=self.run.global_batch, micro_batch=self.run.micro_batch, workers=self.scaling.workers
+        )

@@ -1,0 +1,189 @@
+"""MLflow runs: one for each training run, written by the driver and identified by the training run's folder."""
+
+import contextlib
+import logging
+import os
+import sqlite3
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.time import get_current_time_millis
+
+from pipelines.config.overrides import flatten
+from pipelines.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_TAG = "maskformer.run"
+_PARAMS_PER_CALL = 100
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An MLflow run, as plain strings, so that it can be sent to any process."""
+
+    uri: str
+    """Tracking URI of the server or database."""
+    run_id: str
+
+    @classmethod
+    def open(
+        cls, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any], parent: str = ""
+    ) -> "TrackedRun":
+        """Return the MLflow run of a training run's folder; create it if it does not exist.
+
+        Args:
+            uri: tracking URI of the server or database.
+            experiment: name of the experiment, created if it does not exist.
+            name: name of a new run.
+            folder: the training run's folder, stored as a tag.
+            config: logged as parameters and as config.json when the run is created.
+            parent: id of the run that MLflow lists this one under.
+
+        Raises:
+            UserError: MLflow rejects the request.
+        """
+        require_reachable(uri)  # the client itself would try for minutes
+        try:
+            return cls(uri, _open(MlflowClient(uri), uri, experiment, name, folder, config, parent))
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {uri} rejected the run: {' '.join(str(error).split())[:500]} Correct this, or choose "
+                f"another --tracking.uri or --tracking.experiment."
+            ) from error
+
+    def __str__(self) -> str:
+        return f"MLflow run {self.run_id} at {self.uri}"
+
+    @property
+    def status(self) -> str:
+        """Status of the run: RUNNING, FINISHED, FAILED or KILLED."""
+        return self._client.get_run(self.run_id).info.status
+
+    def set_status(self, status: str) -> None:
+        """Set the status: RUNNING, FINISHED, FAILED or KILLED."""
+        self._client.update_run(self.run_id, status=status)
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """Return the steps and values of a metric in the order they were logged.
+
+        Raises:
+            UserError: MLflow does not answer or rejects the request.
+        """
+        require_reachable(self.uri)
+        try:
+            return [(point.step, point.value) for point in self._client.get_metric_history(self.run_id, metric)]
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {self.uri} cannot return the metrics of run {self.run_id}: {' '.join(str(error).split())}"
+            ) from error
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics at a step."""
+        now = get_current_time_millis()
+        self._client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def log_files(self, files: dict[str, bytes], folder: str | None = None) -> None:
+        """Log files as artifacts; warn if MLflow is unreachable.
+
+        Args:
+            files: the content of each file, by name.
+            folder: artifact folder of the files.
+        """
+        try:
+            require_reachable(self.uri)
+            with tempfile.TemporaryDirectory() as scratch:
+                for name, content in files.items():
+                    Path(scratch, name).write_bytes(content)
+                self._client.log_artifacts(self.run_id, scratch, folder)
+        except (UserError, MlflowException) as error:
+            logger.warning("MLflow did not accept %s of run %s: %s", ", ".join(files), self.run_id, error)
+
+    def close(self, status: str, tags: dict[str, str]) -> None:
+        """Set the final status and tags with its cause; warn if MLflow is unreachable.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        try:
+            require_reachable(self.uri)  # the client itself would retry for minutes
+            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._client.set_terminated(self.run_id, status)
+        except (UserError, MlflowException) as error:
+            logger.warning("MLflow did not record that run %s ended as %s: %s", self.run_id, status, error)
+
+    @property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+
+def require_reachable(uri: str) -> None:
+    """Check within seconds that MLflow at `uri` can be used; its client would retry for minutes.
+
+    Raises:
+        UserError: the server does not answer or the database cannot be written.
+    """
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"The MLflow server {uri} does not answer: {reason}. Start it, correct --tracking.uri or "
+                f"$MLFLOW_TRACKING_URI, or unset both to use a SQLite file in the storage folder."
+            ) from error
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(13, "the file is read-only")
+            with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.rollback()
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"MLflow's database {path} cannot be written: {error}. Choose another file with "
+                f"--tracking.uri sqlite:////absolute/path/mlflow.db or another --run.storage."
+            ) from error
+        return
+    if "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"MLflow no longer keeps runs in a plain folder, got {uri}. "
+            f"Use --tracking.uri sqlite:////absolute/path/mlflow.db or http://host:5000."
+        )
+
+
+def _open(
+    client: MlflowClient, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any], parent: str
+) -> str:
+    experiment_id = _experiment(client, uri, experiment)
+    quote = '"' if "'" in folder else "'"
+    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
+    if found:
+        return found[0].info.run_id
+    tags = {_FOLDER_TAG: folder, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    params = [Param(key, str(value)) for key, value in flatten(config).items()]
+    for start in range(0, len(params), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
+    client.log_dict(run_id, config, "config.json")
+    return run_id
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    # A server chooses the artifact location; with a SQLite file, the default would be the working directory.
+    artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts") if uri.startswith("sqlite:") else None
+    return client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)

@@ -1,0 +1,130 @@
+"""Augmentation keeps the class of each pixel, and is determined by the seed, the epoch and the image id."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipelines.data.augment import Sample, augment, drop_empty, flip, random_crop, resize, sample_rng
+from pipelines.data.augment_config import AugmentConfig
+
+COLORS = np.array([[0, 0, 0], [250, 10, 10], [10, 250, 10], [10, 10, 250]], np.uint8)
+CLASSES = np.array([5, 2, 9], np.int16)
+SMALL = AugmentConfig(short_sides=(40, 48, 56), long_side=90, crop_short_sides=(40, 50), crop_size=(24, 40))
+
+
+def quarters(height: int = 60, width: int = 80) -> Sample:
+    """Draw four rectangles, each in the color of its segment."""
+    index_map = np.zeros((height, width), np.uint16)
+    index_map[: height // 2, width // 2 :] = 1
+    index_map[height // 2 :, : width // 2] = 2
+    index_map[height // 2 :, width // 2 :] = 3
+    return Sample(COLORS[index_map], index_map, CLASSES)
+
+
+def assert_image_and_map_agree(sample: Sample) -> None:
+    """Check that pixels away from an edge have the color of their segment's class."""
+    by_class = {5: COLORS[1], 2: COLORS[2], 9: COLORS[3]}
+    colors = np.stack([COLORS[0], *(by_class[int(c)] for c in sample.classes)])
+    wrong = (np.abs(sample.image.astype(int) - colors[sample.index_map].astype(int)) > 8).any(-1)
+    edge = np.zeros_like(wrong)
+    edge[:, 1:] |= sample.index_map[:, 1:] != sample.index_map[:, :-1]
+    edge[1:] |= sample.index_map[1:] != sample.index_map[:-1]
+    for _ in range(3):  # the blur of two resizes
+        edge = edge | np.roll(edge, 1, 0) | np.roll(edge, -1, 0) | np.roll(edge, 1, 1) | np.roll(edge, -1, 1)
+    assert not (wrong & ~edge).any()
+
+
+@pytest.mark.parametrize("image_id", range(12))
+def test_image_and_map_stay_together(image_id: int) -> None:
+    result = augment(quarters(), sample_rng(0, 1, image_id), SMALL)
+    assert result.image.shape[:2] == result.index_map.shape
+    assert_image_and_map_agree(result)
+    # Every listed segment has pixels, and every number is listed.
+    assert sorted(np.unique(result.index_map[result.index_map > 0])) == list(range(1, len(result.classes) + 1))
+
+
+def test_sample_depends_on_seed_epoch_and_image_alone() -> None:
+    def draw(*key: int) -> bytes:
+        return augment(quarters(), sample_rng(*key), SMALL).image.tobytes()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({draw(0, 1, 2), draw(1, 1, 2), draw(0, 2, 2), draw(0, 1, 3)}) == 4
+
+
+def test_flip_twice_is_the_identity() -> None:
+    sample = quarters()
+    twice = flip(flip(sample))
+    assert (twice.image == sample.image).all()
+    assert (twice.index_map == sample.index_map).all()
+    assert (flip(sample).index_map[:, 0] == sample.index_map[:, -1]).all()
+
+
+def test_crop_sides_cover_their_range() -> None:
+    rng = np.random.default_rng(0)
+    shapes = np.array([random_crop(quarters(), rng, (20, 24)).index_map.shape for _ in range(300)])
+    assert {tuple(np.unique(side)) for side in shapes.T} == {(20, 21, 22, 23, 24)}
+    assert len(set(map(tuple, shapes.tolist()))) > 20  # height and width are drawn independently
+    small = random_crop(quarters(10, 30), rng, (20, 24)).index_map.shape
+    assert small[0] == 10
+
+
+def test_resize_keeps_the_nearest_pixel_by_index() -> None:
+    index_map = np.arange(35, dtype=np.uint16).reshape(5, 7)
+    sample = Sample(np.zeros((5, 7, 3), np.uint8), index_map, np.arange(34, dtype=np.int16))
+    result = resize(sample, 13, None, "bilinear").index_map
+    height, width = result.shape
+    assert (height, width) == (13, int(7 * 13 / 5 + 0.5))
+    for y in range(height):
+        for x in range(width):
+            assert result[y, x] == index_map[y * 5 // height, x * 7 // width]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long", "expected"),
+    [((480, 640), 800, 1333, (800, 1067)), ((427, 640), 800, 1333, (800, 1199)), ((200, 640), 800, 1333, (417, 1333))],
+)
+def test_resized_shape(size: tuple[int, int], short: int, long: int, expected: tuple[int, int]) -> None:
+    sample = Sample(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint16), CLASSES)
+    assert resize(sample, short, long, "bilinear").index_map.shape == expected
+
+
+def test_published_policies() -> None:
+    """Half of the images are cropped; short sides are multiples of 32 from 480 to 800."""
+    config = AugmentConfig()
+    assert config.short_sides == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert (config.crop_short_sides, config.crop_size, config.long_side) == ((400, 500, 600), (384, 600), 1333)
+    assert (config.flip_probability, config.crop_probability) == (0.5, 0.5)
+
+
+def test_segments_without_pixels_are_dropped() -> None:
+    sample = quarters()
+    top = sample._replace(image=sample.image[:30], index_map=sample.index_map[:30])
+    assert drop_empty(top).classes.tolist() == [5]
+    nothing = sample._replace(image=sample.image[:30, :40], index_map=sample.index_map[:30, :40])
+    assert drop_empty(nothing).classes.tolist() == []
+    bottom = drop_empty(sample._replace(image=sample.image[30:], index_map=sample.index_map[30:]))
+    assert bottom.classes.tolist() == [2, 9]
+    assert set(np.unique(bottom.index_map)) == {1, 2}
+
+
+def test_segments_without_pixels_can_be_kept() -> None:
+    """The image and the random numbers are the same; only the segments outside the crop differ."""
+    cropping = AugmentConfig(
+        short_sides=(20,), crop_short_sides=(60,), crop_size=(20, 20), flip_probability=0.0, crop_probability=1.0
+    )
+    lost = 0
+    for image_id in range(10):
+        kept, dropped = (
+            augment(quarters(), sample_rng(0, 0, image_id), replace(cropping, keep_empty=keep))
+            for keep in (True, False)
+        )
+        lost += len(kept.classes) - len(dropped.classes)
+        np.testing.assert_array_equal(kept.image, dropped.image)
+        np.testing.assert_array_equal(kept.classes, quarters().classes)
+        # The class of every pixel is the same; 0 is void in both.
+        with_kept, with_dropped = (
+            np.concatenate([[-1], sample.classes])[sample.index_map] for sample in (kept, dropped)
+        )
+        np.testing.assert_array_equal(with_kept, with_dropped)
+    assert lost > 0

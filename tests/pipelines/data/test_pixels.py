@@ -1,0 +1,125 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskformer.taxonomy import Taxonomy
+from pipelines.data.coco import Segment
+from pipelines.data.pixels import decode_image, decode_panoptic, index_map, pixel_runs
+from tests.pipelines.data.coco_folder import CATEGORIES, OTHER_STUFF, OTHER_THING, STUFF, THING, ids_to_rgb
+
+TAXONOMY = Taxonomy.from_coco(CATEGORIES)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def test_gray_becomes_rgb():
+    gray = np.full((9, 7), 77, np.uint8)
+    image = decode_image(encoded(Image.fromarray(gray), "JPEG"))
+    assert image.dtype == np.uint8
+    assert image.shape == (9, 7, 3)
+    assert (image == 77).all()
+
+
+def test_cmyk_becomes_rgb():
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
+    red, green, blue = decode_image(encoded(cmyk, "JPEG", quality=95))[8, 8]
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_exif_orientation_is_not_applied():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=turned)).shape == (20, 30, 3)
+
+
+def test_decoded_image_can_be_written_to():
+    decode_image(encoded(Image.new("RGB", (4, 4)), "PNG"))[0, 0, 0] = 1
+
+
+def test_broken_files_are_refused():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for kind, decode in (("JPEG", decode_image), ("PNG", decode_panoptic)):
+        content = encoded(noise, kind)
+        for broken in (b"", b"hello", content[: len(content) // 2]):
+            with pytest.raises(ValueError, match="cannot be decoded"):
+                decode(broken)
+    content = bytearray(encoded(noise, "PNG"))
+    content[len(content) // 2] ^= 1
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_panoptic(bytes(content))
+
+
+def test_panoptic_ids_use_all_24_bits():
+    ids = np.array([[0, 1, 255], [256, 65535, 65536], [2**24 - 1, 7 + 256 * 8 + 65536 * 9, 3]])
+    decoded = decode_panoptic(encoded(Image.fromarray(ids_to_rgb(ids)), "PNG"))
+    assert decoded.dtype == np.int32
+    assert np.array_equal(decoded, ids)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("RGB", "JPEG")])
+def test_panoptic_must_be_an_rgb_png(mode, kind):
+    with pytest.raises(ValueError, match=f"{kind} of mode {mode}, not a PNG of mode RGB"):
+        decode_panoptic(encoded(Image.new(mode, (8, 8)), kind))
+
+
+def slow_index_map(ids, segments):
+    """Build one mask after the other, following the definition."""
+    result, classes = np.zeros(ids.shape, np.uint16), []
+    targets = []
+    for segment in segments:
+        if not segment["iscrowd"] and segment["category_id"] in (THING, OTHER_THING):
+            targets.append((TAXONOMY.class_index(segment["category_id"]), ids == segment["id"]))
+    for class_index in range(TAXONOMY.num_classes):
+        if TAXONOMY.is_thing(class_index):
+            continue
+        mask = np.zeros(ids.shape, bool)
+        for segment in segments:
+            if not segment["iscrowd"] and segment["category_id"] == TAXONOMY.category_id(class_index):
+                mask |= ids == segment["id"]
+        targets.append((class_index, mask))
+    for class_index, mask in targets:
+        if mask.any():
+            classes.append(class_index)
+            result[mask] = len(classes)
+    return result, classes
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_index_map_equals_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(0, 14))
+    identifiers = (rng.choice(2**24 - 1, count, replace=False) + 1).tolist()
+    segments = [
+        Segment(
+            id=identifier,
+            category_id=int(rng.choice([THING, OTHER_THING, STUFF, OTHER_STUFF])),
+            iscrowd=bool(rng.random() < 0.2),
+        )
+        for identifier in identifiers
+    ]
+    shape = tuple(rng.integers(1, 12, 2))
+    ids = rng.choice([0, *identifiers], shape).astype(np.int32)  # some segments get no pixel
+    found, classes = index_map(ids, segments, TAXONOMY)
+    expected, expected_classes = slow_index_map(ids, segments)
+    assert found.dtype == np.uint16
+    assert classes.dtype == np.int16
+    assert np.array_equal(found, expected)
+    assert classes.tolist() == expected_classes
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (6, 5)])
+def test_runs_reproduce_the_map_and_stay_within_rows(shape):
+    ids = np.random.default_rng(1).integers(0, 3, shape).astype(np.int32)
+    values, which, runs = pixel_runs(ids)
+    painted = np.full(shape, -1)
+    for value, y, x, length in zip(values[which], runs.y, runs.x, runs.length, strict=True):
+        assert x + length <= shape[1]
+        painted[y, x : x + length] = value
+    assert np.array_equal(painted, ids)

@@ -1,0 +1,187 @@
+"""The data streams: exact order, work in other processes, and errors for damaged data."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.data import ExecutionResources
+from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
+
+from maskformer.preprocess import resize_image, resized_shape
+from pipelines.config.recipes import DEMO
+from pipelines.data import stream
+from pipelines.data.augment import Sample, augment, sample_rng
+from pipelines.data.batch import PanopticBatch
+from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.data.order import permutation
+from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+from pipelines.data.stream import original_errors, resized_images, training_batches
+from pipelines.errors import UserError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
+
+SEED, NUM_IMAGES, AUGMENT = 5, 80, DEMO.data.augment
+
+
+@pytest.fixture
+def samples(packs: dict[str, str]) -> PackedSet:
+    return open_pack(packs["train"])
+
+
+def batches(samples: PackedSet, positions: np.ndarray, **changes: Any) -> Generator[PanopticBatch]:
+    settings: dict[str, Any] = {"micro_batch": 2, "samples_per_task": 4, "cpus": 1.0, "prefetch": 2, **changes}
+    return training_batches(samples, positions, seed=SEED, augmentation=AUGMENT, **settings)
+
+
+def packed_rows(samples: PackedSet) -> dict[int, dict[str, Any]]:
+    """Read all rows by image id, without the stream."""
+    return {row["image_id"]: row for shard in samples.shards for row in pq.read_table(shard).to_pylist()}
+
+
+def witnessed(
+    make_operator: Callable[..., Callable[[pa.Table], pa.Table]], notes: Path, late: int
+) -> Callable[..., Callable[[pa.Table], pa.Table]]:
+    """Make every task write down its process, and the one from position `late` end after the two tasks behind it.
+
+    It has one of two slots, so the second of those tasks starts only after the first has returned.
+    """
+
+    def make(*args: Any) -> Callable[[pa.Table], pa.Table]:
+        operator = make_operator(*args)
+
+        def operate(samples: pa.Table) -> pa.Table:
+            table, positions = operator(samples), samples["position"].to_pylist()
+            deadline = time.monotonic() + 60
+            last_behind = notes / str(positions[0] + 2 * len(positions))
+            while positions[0] == late and not last_behind.exists():
+                assert time.monotonic() < deadline, "the tasks did not run in parallel"
+                time.sleep(0.01)
+            (notes / str(positions[0])).write_text(str(os.getpid()))
+            return table
+
+        return operate
+
+    return make
+
+
+def test_the_order_does_not_depend_on_the_duration_of_tasks(
+    samples: PackedSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the middle of an epoch into the next: three executions, and a task that ends after two later ones."""
+    monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 3)
+    monkeypatch.setattr(stream, "_LoadAndAugment", witnessed(stream._LoadAndAugment, tmp_path, late=74))
+    # Ray Data uses what others did not request, and requests of a killed run count for three more minutes.
+    total = ExecutionResources.from_resource_dict({**ray.cluster_resources()})
+    monkeypatch.setattr(RateBasedClusterAutoscaler, "get_total_resources", lambda self: total)
+    apply = stream._apply
+    # Two parallel tasks in half a CPU, whatever else runs in the shared session.
+    monkeypatch.setattr(stream, "_apply", lambda operator, tables, cpus: apply(operator, tables, cpus / 2))
+    found = list(batches(samples, np.arange(70, 90), cpus=0.5))
+
+    assert [batch.positions for batch in found] == [(p, p + 1) for p in range(70, 90, 2)]
+    order = np.concatenate([permutation(NUM_IMAGES, SEED, epoch) for epoch in range(2)])
+    assert [i for batch in found for i in batch.image_ids] == samples.image_ids[order[70:90]].tolist()
+    assert [e for batch in found for e in batch.epochs] == [0] * 10 + [1] * 10
+
+    notes = {int(note.name): note for note in tmp_path.iterdir()}
+    assert sorted(notes) == [70, 74, 78, 82, 86]
+    # Decoding and augmentation ran in other processes.
+    assert str(os.getpid()) not in {note.read_text() for note in notes.values()}
+
+
+def test_positions_need_not_be_adjacent(samples: PackedSet) -> None:
+    """With several ranks, a rank uses every other micro-batch."""
+    positions = np.array([2, 3, 6, 7, 10, 11, 162, 163])
+    assert [p for batch in batches(samples, positions) for p in batch.positions] == positions.tolist()
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_image(samples: PackedSet) -> None:
+    rows = packed_rows(samples)
+    positions = np.array([0, 1, 2, 3, 80, 81, 82, 83, 84, 85, 86, 87])
+    found = list(batches(samples, positions, micro_batch=4, samples_per_task=6))
+    assert [len(batch.images) for batch in found] == [4, 4, 4]
+    for batch in found:
+        for index, (image_id, epoch) in enumerate(zip(batch.image_ids, batch.epochs, strict=True)):
+            row = rows[image_id]
+            indices, classes = index_map(decode_panoptic(row["panoptic"]), row["segments"], samples.taxonomy)
+            raw = Sample(decode_image(row["image"]), indices, classes)
+            expected = augment(raw, sample_rng(SEED, epoch, image_id), AUGMENT)
+            height, width = batch.sizes[index]
+            image = batch.images[index, :, :height, :width].permute(1, 2, 0)
+            np.testing.assert_array_equal(image.numpy(), expected.image)
+            np.testing.assert_array_equal(batch.index_maps[index, :height, :width].numpy(), expected.index_map)
+            assert batch.classes[index].tolist() == expected.classes.tolist()
+
+
+def test_an_evaluation_reads_every_image_once(samples: PackedSet) -> None:
+    rows = packed_rows(samples)
+    dataset = resized_images(samples, short_side=40, long_side=60, samples_per_task=7, cpus=0.5)
+    found = {row["image_id"]: row for row in dataset.iter_rows()}
+    assert dataset.count() == len(rows) == NUM_IMAGES
+    assert found.keys() == rows.keys()
+    for image_id, row in found.items():
+        packed = rows[image_id]
+        shape = resized_shape(packed["height"], packed["width"], 40, 60)
+        image = np.frombuffer(row["image"], np.uint8).reshape(*shape, 3)
+        np.testing.assert_array_equal(image, resize_image(decode_image(packed["image"]), shape))
+        assert (row["original_height"], row["original_width"]) == (packed["height"], packed["width"])
+        assert (row["panoptic"], row["segments"]) == (packed["panoptic"], packed["segments"])
+
+
+def test_a_filtered_set_is_streamed(samples: PackedSet) -> None:
+    """Shard and row still belong to the image, and an epoch is shorter."""
+    kept = samples.take(np.array([3, 40, 79]))
+    found = batches(kept, np.arange(6), micro_batch=3, samples_per_task=3)
+    assert [sorted(batch.image_ids) for batch in found] == [samples.image_ids[[3, 40, 79]].tolist()] * 2
+
+
+@pytest.fixture
+def damaged(samples: PackedSet, tmp_path: Path) -> tuple[PackedSet, int, str]:
+    """Flip one bit inside an image of a copy of the pack; return the copy, the image's id and the shard."""
+    shutil.copytree(samples.uri, tmp_path / "damaged")
+    copy = open_pack(str(tmp_path / "damaged"))
+    row = pq.read_table(copy.shards[2]).to_pylist()[5]
+    content = bytearray(Path(copy.shards[2]).read_bytes())
+    content[bytes(content).index(row["image"]) + len(row["image"]) // 2] ^= 1
+    Path(copy.shards[2]).write_bytes(content)
+    return copy, row["image_id"], copy.shards[2]
+
+
+def test_a_damaged_row_is_named(damaged: tuple[PackedSet, int, str]) -> None:
+    samples, image_id, shard = damaged
+    message = f"^Row 5 of {shard} is damaged: its bytes are not those of image {image_id} .*again.$"
+    with pytest.raises(UserError, match=message):
+        list(batches(samples, np.arange(NUM_IMAGES)))
+    dataset = resized_images(samples, short_side=40, long_side=60, samples_per_task=8, cpus=0.5)
+    with pytest.raises(UserError, match=message), original_errors():
+        list(dataset.iter_rows())
+
+
+def test_a_shard_that_cannot_be_read_is_named(samples: PackedSet, tmp_path: Path) -> None:
+    shutil.copytree(samples.uri, tmp_path / "copy")
+    copy = open_pack(str(tmp_path / "copy"))
+    Path(copy.shards[1]).write_bytes(Path(copy.shards[1]).read_bytes()[:1000])
+    first = int(copy.image_ids[np.flatnonzero(copy.shard == 1)[0]])
+    with pytest.raises(OSError, match=f"^Cannot read image {first}, row 0 of {copy.shards[1]}: .*Parquet"):
+        stream._read_row(copy.shards[1], 0, first)
+
+
+def test_closing_early_ends_the_thread(samples: PackedSet) -> None:
+    found = batches(samples, np.arange(400), prefetch=1)
+    next(found)
+    threads = [thread for thread in threading.enumerate() if thread.name == "sample stream"]
+    assert threads
+    found.close()
+    deadline = time.monotonic() + 120
+    for thread in threads:
+        thread.join(deadline - time.monotonic())
+        assert not thread.is_alive()

@@ -1,0 +1,223 @@
+"""One optimizer step. The oracle differentiates the definition of the loss as a whole and updates by hand."""
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.parallel import DistributedDataParallel
+
+from maskformer import MaskFormer, build_model, compute_losses
+from maskformer.optim import build_optimizer, parameter_groups
+from pipelines.config.recipes import DEMO
+from pipelines.config.train import TrainConfig
+from pipelines.data.batch import PanopticBatch
+from pipelines.training.worker import NonFiniteError, train_step
+
+CPU = torch.device("cpu")
+TINY = replace(
+    DEMO,
+    model=replace(
+        DEMO.model, num_classes=4, num_queries=5, hidden_dim=16, feedforward_dim=32, decoder_layers=2, dropout=0.1
+    ),
+    optimizer=replace(DEMO.optimizer, lr=1e-3),
+    run=replace(DEMO.run, seed=3),
+)
+NUM_SEGMENTS = (2, 0, 7, 1, 3, 2, 0, 0)
+"""Of the images of a global batch: more than queries, none, and a micro-batch without any, among others."""
+
+
+@pytest.fixture(autouse=True)
+def single_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def micro_batch(first: int, config: TrainConfig = TINY) -> PanopticBatch:
+    """Draw the two samples at positions `first` and `first + 1`, of unequal sizes."""
+    rng = np.random.default_rng(first)
+    sizes = ((40, 48), (33, 64))
+    images = torch.zeros(2, 3, 40, 64, dtype=torch.uint8)
+    maps = torch.zeros(2, 40, 64, dtype=torch.int32)
+    classes = []
+    for place, (h, w) in enumerate(sizes):
+        count = NUM_SEGMENTS[(first + place) % len(NUM_SEGMENTS)]
+        images[place, :, :h, :w] = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
+        blocks = rng.integers(0, count + 1, (h // 8 + 1, w // 8 + 1), dtype=np.int32)
+        maps[place, :h, :w] = torch.from_numpy(np.kron(blocks, np.ones((8, 8), np.int32))[:h, :w])
+        classes.append(torch.from_numpy(rng.integers(0, config.model.num_classes, count)))
+    positions = (first, first + 1)
+    return PanopticBatch(images, maps, sizes, tuple(classes), positions, (0, 0), tuple(100 + p for p in positions))
+
+
+def global_batch(step: int) -> list[PanopticBatch]:
+    return [micro_batch(8 * step + 2 * place) for place in range(4)]
+
+
+def mean_masks(batches: list[PanopticBatch]) -> float:
+    """Count the matched masks by definition: each image its segments, but at most the queries."""
+    matched = [min(len(classes), TINY.model.num_queries) for batch in batches for classes in batch.classes]
+    return sum(matched) / len(batches)
+
+
+def new_model(config: TrainConfig = TINY) -> DistributedDataParallel:
+    torch.manual_seed(config.run.seed)
+    return DistributedDataParallel(build_model(config.model).train())
+
+
+def do_steps(model: DistributedDataParallel, num_steps: int, config: TrainConfig = TINY) -> list[torch.Tensor]:
+    """Run `train_step`s of whole global batches; a rank of several takes its share of the micro-batches."""
+    optimizer = build_optimizer(model.module, config.optimizer)
+    logged = []
+    for step in range(num_steps):
+        batches = global_batch(step)
+        mine = batches[dist.get_rank() :: dist.get_world_size()]
+        losses, _ = train_step(model, optimizer, mine, mean_masks(batches), factor(step), config, CPU)
+        dist.all_reduce(losses)
+        logged.append(losses / dist.get_world_size())
+    return logged
+
+
+def factor(step: int) -> float:
+    return 1.0 - 0.2 * step
+
+
+def reference_loss(network: MaskFormer, batches: list[PanopticBatch], config: TrainConfig = TINY) -> torch.Tensor:
+    """Return the mean over micro-batches of class loss + mask losses / num_masks, as one graph."""
+    whole = torch.zeros(())
+    for batch in batches:
+        torch.manual_seed((config.run.seed << 40) + batch.positions[0])
+        output = network(*batch.inputs(config.model.pixel_mean, config.model.pixel_std))
+        sums = compute_losses(output, batch.targets(), config.loss, num_masks=1.0)
+        masks = sum(min(len(c), config.model.num_queries) for b in batches for c in b.classes) / len(batches)
+        whole = whole + (sums.classification + (sums.focal + sums.dice) / masks) / len(batches)
+    return whole
+
+
+def test_accumulated_gradient_is_that_of_the_whole() -> None:
+    model = new_model()
+    network = build_model(TINY.model).train()
+    network.load_state_dict(model.module.state_dict())
+    batches = global_batch(0)
+    loss = reference_loss(network, batches)
+    expected = torch.autograd.grad(loss, list(network.parameters()))
+    unclipped = replace(TINY, optimizer=replace(TINY.optimizer, clip_norm=0.0))
+    optimizer = build_optimizer(model.module, unclipped.optimizer)
+    losses, norm = train_step(model, optimizer, batches, mean_masks(batches), 1.0, unclipped, CPU)
+    assert losses[3].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert losses[:3].sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-5)
+    for (name, parameter), gradient in zip(model.module.named_parameters(), expected, strict=True):
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_steps_equal_a_handwritten_adamw() -> None:
+    """Clipping, decoupled decay and bias correction written out (arXiv:1711.05101, algorithm 2)."""
+    config = replace(TINY, optimizer=replace(TINY.optimizer, clip_norm=0.5, backbone_lr_multiplier=0.1, eps=1e-3))
+    model = new_model(config)
+    network = build_model(config.model).train()
+    network.load_state_dict(model.module.state_dict())
+    do_steps(model, 3, config)
+
+    beta1, beta2 = config.optimizer.betas
+    groups = parameter_groups(network, config.optimizer)
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in network.parameters()}
+    for step in range(3):
+        gradients = torch.autograd.grad(reference_loss(network, global_batch(step), config), list(moments))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > config.optimizer.clip_norm, "nothing would be clipped"
+        clipped = dict(zip(moments, (g * config.optimizer.clip_norm / norm for g in gradients), strict=True))
+        for group in groups:
+            lr = group["initial_lr"] * factor(step)
+            for p in group["params"]:
+                first, second = moments[p]
+                first = beta1 * first + (1 - beta1) * clipped[p]
+                second = beta2 * second + (1 - beta2) * clipped[p] ** 2
+                moments[p] = (first, second)
+                mean, square = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+                with torch.no_grad():
+                    p.sub_(lr * (mean / (square.sqrt() + config.optimizer.eps) + group["weight_decay"] * p))
+    for (name, found), expected in zip(model.module.named_parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=name)
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = new_model()
+    losses = do_steps(model, 2)
+    torch.save({"losses": losses, "model": model.module.state_dict()}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path: Path) -> None:
+    """Images without targets stand on either rank; no rank may wait for gradients that never come."""
+    assert all(any(len(classes) == 0 for b in global_batch(0)[rank::2] for classes in b.classes) for rank in range(2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start_processes(_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    model = new_model()
+    losses = do_steps(model, 2)
+    two = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(two[0]["model"][name], two[1]["model"][name]), name
+        torch.testing.assert_close(two[0]["model"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(torch.stack(two[0]["losses"]), torch.stack(losses), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_any_target_reaches_every_parameter() -> None:
+    empty = replace(
+        micro_batch(0), index_maps=torch.zeros(2, 40, 64, dtype=torch.int32), classes=(torch.zeros(0).long(),) * 2
+    )
+    model = new_model()
+    losses, norm = train_step(model, build_optimizer(model.module, TINY.optimizer), [empty], 1.0, 1.0, TINY, CPU)
+    assert losses.isfinite().all()
+    assert losses[1] == losses[2] == 0
+    assert norm > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def gradients(batches: list[PanopticBatch], config: TrainConfig = TINY) -> list[torch.Tensor]:
+    model = new_model(config)
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # the history of the process
+    train_step(model, build_optimizer(model.module, config.optimizer), batches, 2.0, 1.0, config, CPU)
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_dropout_depends_on_the_position_alone() -> None:
+    one, other = micro_batch(0), replace(micro_batch(0), positions=(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(gradients([one]), gradients([one]), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(gradients([one]), gradients([other]), strict=True))
+    without = replace(TINY, model=replace(TINY.model, dropout=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(gradients([one], without), gradients([other], without), strict=True))
+
+
+def test_nan_in_the_logits_names_images_and_learning_rate() -> None:
+    model = new_model()
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    broken = replace(TINY, model=replace(TINY.model, pixel_std=(0.0, 57.12, 57.375)))  # 0 in the input becomes inf
+    optimizer = build_optimizer(model.module, broken.optimizer)
+    with pytest.raises(NonFiniteError, match=r"not finite.* Images 100, 101, learning rate 0\.0005"):
+        train_step(model, optimizer, [micro_batch(0)], 2.0, 0.5, broken, CPU)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
+
+
+def test_infinite_gradient_names_images_and_changes_nothing() -> None:
+    model = new_model()
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    parameter = model.module.class_head.weight
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    optimizer = build_optimizer(model.module, TINY.optimizer)
+    with pytest.raises(NonFiniteError, match=r"norm is nan.* Images 100, 101, 102, 103"):
+        train_step(model, optimizer, [micro_batch(0), micro_batch(2)], 2.0, 1.0, TINY, CPU)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
