@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from jobs.shared.cli import parse, run
+from jobs.shared.console import quiet
 from pipelines.config.hardware import Hardware
 from pipelines.config.recipes import DEMO, R50_MMDET, SWIN_L_MMDET
 from pipelines.config.train import ScalingConfig, TrainConfig
@@ -62,6 +63,8 @@ class Scaling:
     steps: int = 300
     """Optimizer steps of each run in the part fit."""
     cluster: Hardware = field(default_factory=Hardware)
+    verbose: bool = False
+    """Show the output of Ray and MLflow instead of writing it to a log file."""
 
 
 def main() -> None:
@@ -75,7 +78,8 @@ def main() -> None:
     for part, measure in {"step": measure_steps, "fit": measure_fits, "data": measure_data}.items():
         if part in flags.parts:
             logger.info("Part %s.", part)
-            text, found = measure(flags, overheads)
+            with quiet(flags.verbose):
+                text, found = measure(flags, overheads)
             overheads |= found
             print(f"\n{text}\nLoad at the end: {os.getloadavg()[0]:.1f}.", flush=True)
     if "model" in flags.parts:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,6 @@ def simulated(nodes: Sequence[Node], environment: dict[str, str]) -> Iterator[Si
         tempfile.TemporaryDirectory(prefix="rehearsal-", dir="/tmp", ignore_cleanup_errors=True) as folder,
         _environment({"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN, **environment}),
         ProcessTree() as processes,
-        ray_is_quiet(),
     ):
         cluster = SimulatedCluster(Path(folder), processes, Cluster())
         os.environ.pop("RAY_ADDRESS", None)
@@ -152,13 +151,6 @@ def simulated(nodes: Sequence[Node], environment: dict[str, str]) -> Iterator[Si
             ray.shutdown()
             cluster.shutdown()
             signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def ray_is_quiet() -> Iterator[None]:
-    """Suppress what Ray prints on stdout about each lost node, including the log of its raylet."""
-    with open(os.devnull, "w") as null, redirect_stdout(null):
-        yield
 
 
 @contextmanager

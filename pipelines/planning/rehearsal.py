@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from pipelines.checkpoints.state import step_folder
-from pipelines.cluster.simulated import Node, SimulatedCluster, bundles_per_node, ray_is_quiet, simulated
+from pipelines.cluster.simulated import Node, SimulatedCluster, bundles_per_node, simulated
 from pipelines.config.fields import FACTS
 from pipelines.config.recipes import DEMO
 from pipelines.config.train import TrainConfig
@@ -288,8 +288,7 @@ def _drive(run: PreparedRun, answer: Connection) -> None:
     try:
         # Errors of workers on a node that is killed on purpose are of no use either.
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
-        with ray_is_quiet():
-            result = fit(run)
+        result = fit(run)
         answer.send("" if result.status == "finished" else f"The run is {result.status} at step {result.step}.")
     except Exception as error:
         answer.send(f"{type(error).__name__}: {error}")
