@@ -84,8 +84,15 @@ def chosen_recipe(recipes: Mapping[str, TrainConfig]) -> TrainConfig:
     Raises:
         UserError: the recipe is none of `recipes`, the file cannot be used, or they contradict each other.
     """
-    if asks_for_help():
-        return next(iter(recipes.values()))
+    try:
+        return _chosen_recipe(recipes)
+    except UserError:
+        if asks_for_help():  # which must always answer
+            return next(iter(recipes.values()))
+        raise
+
+
+def _chosen_recipe(recipes: Mapping[str, TrainConfig]) -> TrainConfig:
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--recipe")
     reader.add_argument("--config", default="")

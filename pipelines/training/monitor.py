@@ -17,6 +17,8 @@ from pipelines.training.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 1.0
+
 _SAME_FAILURES = 3
 """A failure repeated this often at the same step is treated as permanent."""
 
@@ -84,7 +86,7 @@ def _follow(
     stopping, finished, first_event, last_step = False, False, len(run_ledger.events), 0
     while not finished:
         # Checked before the events are taken, so that none is left behind.
-        finished = bool(wait([future], timeout=1).done)
+        finished = bool(wait([future], timeout=_POLL_SECONDS).done)
         stop_requested = signaled.is_set() or callbacks.stop_requested.is_set()
         if stop_requested and not run_ledger.open and not finished:  # no attempt is running: nothing to save
             raise KeyboardInterrupt

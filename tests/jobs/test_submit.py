@@ -355,13 +355,15 @@ def test_a_job_that_fails_says_why_last_and_a_relative_storage_is_refused(
     relative = submitted("relative", "--", *TRAIN, *flags(here, R50_MMDET))
     assert relative.wait(240) == 2
     last = (tmp_path / "relative").read_text().splitlines()[-1]
-    assert re.search(r"error: --run\.storage leads to /.*/runs, into the folder that Ray made for this job", last)
+    assert re.search(
+        r"error: --run\.storage is /.*/runs, inside the working directory that Ray made for this job", last
+    )
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_stopped_it_saves_and_submitted_again_it_goes_on(
+def test_stopped_it_saves_and_submitted_again_it_resumes(
     tiny: TrainConfig, head: ray_nodes.Head, submitted: Submit, tmp_path: Path
 ) -> None:
     config = replace(
@@ -420,7 +422,7 @@ def test_a_token_is_needed_where_there_is_one(submitted: Submit, tmp_path: Path)
         assert re.search(r"error: .*no token was sent \(401\)\. Set RAY_AUTH_MODE=token", said)
         status, said = end("none", RAY_AUTH_MODE="token", HOME=str(tmp_path))
         assert status == 2
-        assert re.search(r"error: .*there is no token on this machine\. Set RAY_AUTH_MODE=token", said)
+        assert re.search(r"error: .*this machine has no token\. Set RAY_AUTH_MODE=token", said)
         status, said = end("wrong", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 64)
         assert status == 2
         assert re.search(r"error: .*the token that was sent is wrong \(403\)\.", said)

@@ -75,10 +75,10 @@ def test_eight_trials_with_a_driver_killed(
     second = start(tmp_path / "log2")
     assert second.wait(1200) == 0, (tmp_path / "log2").read_text()
     after = trials()
-    for name, (book, trial) in before.items():
-        assert (folder / name / "ledger.jsonl").read_text() == book
+    for name, (ledger, trial) in before.items():
+        assert (folder / name / "ledger.jsonl").read_text() == ledger
         assert after[name] == trial
-    assert begun("trial-002") == 2  # it went on
+    assert begun("trial-002") == 2  # it resumed
     assert all(begun(name) == 1 for name in after if name not in (*before, "trial-002"))
     stopped = [name for name, trial in after.items() if trial["status"] == "stopped early"]
     assert len(after) == 8
@@ -99,7 +99,7 @@ def test_eight_trials_with_a_driver_killed(
 
     # The best configuration is one that a training job takes.
     described = subprocess.run(
-        [sys.executable, "jobs/train_demo.py", "--help", "--config", best[0][1]],
+        [sys.executable, "jobs/train_demo.py", "--help-all", "--config", best[0][1]],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     rate = after[best[0][0]]["values"]["optimizer.lr"]
@@ -109,7 +109,7 @@ def test_eight_trials_with_a_driver_killed(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_stopped_sweep_saves_and_goes_on(
+def test_a_stopped_sweep_saves_and_resumes(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[subprocess.Popen[str]]
 ) -> None:
     """Also when a step takes longer than the ten seconds that Tune leaves to trials that it stops itself."""
@@ -127,8 +127,8 @@ def test_a_stopped_sweep_saves_and_goes_on(
     run = tmp_path / "stopped" / "trial-000"
 
     def progress() -> list[dict[str, Any]]:
-        place = run / "ledger.jsonl"
-        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        file = run / "ledger.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     with (tmp_path / "log1").open("w") as file:
         job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True)

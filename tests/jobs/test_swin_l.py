@@ -15,7 +15,7 @@ from pipelines.storage import locate
 
 ROOT = Path(__file__).parents[2]
 
-SMALL_PICTURES = (
+SMALL_IMAGES = (
     "--data.augment.short-sides 96 128 --data.augment.long-side 200 --data.augment.crop-short-sides 100 "
     "--data.augment.crop-size 64 96"
 )
@@ -33,7 +33,7 @@ def test_two_steps(recipe: str, tiny: TrainConfig, tmp_path: Path, ray_session: 
     run = f"--recipe {recipe} --data.train {tiny.data.train} --run.storage {tmp_path} --run.name {recipe}"
     length = "--run.steps 2 --run.global-batch 2 --tracking.log-every 1 --model.num-classes 7"
     result = subprocess.run(
-        [sys.executable, "jobs/train_swin_l.py", *f"{run} {length} {ONE_CPU} {SMALL_PICTURES}".split()],
+        [sys.executable, "jobs/train_swin_l.py", *f"{run} {length} {ONE_CPU} {SMALL_IMAGES}".split()],
         cwd=ROOT,
         env={**os.environ, "RAY_ADDRESS": ray_session},
         capture_output=True,

@@ -80,7 +80,7 @@ def run(tmp_path: Path) -> Location:
     return locate(tmp_path / "run")
 
 
-def test_a_ledger_goes_on_where_it_was(run: Location) -> None:
+def test_a_ledger_continues_where_it_was(run: Location) -> None:
     assert ledger.read(run) == []
     book = Ledger(run)
     assert (book.attempts, book.open) == (0, False)

@@ -4,12 +4,18 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 
+from pipelines.progress import StepProgress
 from pipelines.storage import locate
+from pipelines.training import monitor
 from pipelines.training.ledger import Ledger, read
 from pipelines.training.monitor import StopSignals, TrainCallbacks, handle_event, repeated_failure
 
@@ -109,6 +115,110 @@ def test_an_unknown_event_is_not_taken_for_a_start(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="unknown kind"):
         handle(ledger, "pause", step=1)
     assert ledger.events == []
+
+
+class Coordinator:
+    """Stands in for the actor: gives its scripted events one by one, then lets the run end."""
+
+    def __init__(self, script: list[dict[str, Any] | Callable[[], None]], future: Future[Any], outcome: Any) -> None:
+        self._script, self._future, self._outcome = iter(script), future, outcome
+        self.stops, self.fatal = 0, ""
+        self.request_stop = SimpleNamespace(remote=self._request_stop)
+        self.declare_fatal = SimpleNamespace(remote=self._declare_fatal)
+        self.take_events = SimpleNamespace(remote=self._take_events)
+
+    def _request_stop(self) -> None:
+        self.stops += 1
+
+    def _declare_fatal(self, cause: str) -> None:
+        self.fatal = cause
+
+    def _take_events(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        step = next(self._script, None)
+        if step is None:
+            if self._future.done():
+                pass
+            elif isinstance(self._outcome, Exception):
+                self._future.set_exception(self._outcome)
+            else:
+                self._future.set_result(SimpleNamespace(return_value=self._outcome))
+        elif callable(step):
+            step()
+        else:
+            return [step], {}
+        return [], {}
+
+
+@pytest.fixture
+def followed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
+    """Return a function that follows a scripted run to its end and keeps its coordinator as `followed.last`."""
+    monkeypatch.setattr(monitor, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(monitor.ray, "get", lambda answer: answer)
+
+    def follow(
+        *script: dict[str, Any] | Callable[[], None],
+        outcome: Any = None,
+        callbacks: TrainCallbacks | None = None,
+        signaled: threading.Event | None = None,
+    ) -> tuple[Any, str]:
+        future: Future[Any] = Future()
+        follow.last = Coordinator(list(script), future, outcome or {"status": "finished", "step": 9})  # pyright: ignore[reportFunctionMemberAccess]
+        arguments = callbacks or TrainCallbacks(), signaled or threading.Event(), StepProgress()
+        return monitor._follow(future, follow.last, ledger, *arguments)  # pyright: ignore[reportFunctionMemberAccess]
+
+    return follow
+
+
+START, FAILURE = {"event": "start", "step": 0}, {"event": "failure", "cause": "worker 1: gone"}
+
+
+def test_a_run_is_followed_to_its_end(followed: Any, ledger: Ledger) -> None:
+    assert followed(START) == ({"status": "finished", "step": 9}, "")
+    assert [event["event"] for event in ledger.events] == ["start", "end"]
+    assert followed.last.stops == 0
+
+
+@pytest.mark.parametrize("by", ["signal", "caller"])
+def test_a_stop_is_passed_on_once_and_ends_the_run(followed: Any, ledger: Ledger, by: str) -> None:
+    callbacks, signaled = TrainCallbacks(), threading.Event()
+    stop = (signaled if by == "signal" else callbacks.stop_requested).set
+    outcome = {"status": "stopped", "step": 4}
+    idle = {"event": "warning", "text": "still running"}
+    assert followed(START, stop, idle, idle, outcome=outcome, callbacks=callbacks, signaled=signaled) == (outcome, "")
+    assert followed.last.stops == 1
+    assert ledger.events[-1]["status"] == "stopped"
+    assert callbacks.stop_requested.is_set() == (by == "caller")  # the next run of the caller is not stopped
+
+
+def test_before_the_first_attempt_there_is_nothing_to_save(followed: Any) -> None:
+    signaled = threading.Event()
+    signaled.set()
+    with pytest.raises(KeyboardInterrupt):
+        followed(START, signaled=signaled)
+    assert followed.last.stops == 0
+
+
+def test_a_stop_does_not_wait_for_another_attempt(followed: Any) -> None:
+    """The attempt dies before it has saved; its successor may have to wait for nodes forever."""
+    signaled = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        followed(START, signaled.set, FAILURE, START, signaled=signaled)
+    assert followed.last.stops == 1
+
+
+def test_three_equal_failures_are_declared_fatal(followed: Any, ledger: Ledger) -> None:
+    error = ray.train.TrainingFailedError("Ray's own words")
+    assert followed(START, FAILURE, START, FAILURE, outcome=error) == (None, "worker 1: gone")
+    assert followed.last.fatal == ""
+    assert followed(START, FAILURE, START, FAILURE, START, FAILURE, outcome=error)[1] == "worker 1: gone"
+    assert followed.last.fatal == "worker 1: gone (3 times)"
+    assert ledger.events[-1]["status"] == "failed"
+
+
+def test_a_failure_that_the_workers_return_is_the_cause(followed: Any, ledger: Ledger) -> None:
+    outcome = {"status": "failed", "cause": "step 3: not finite"}
+    assert followed(START, outcome=outcome) == (None, "step 3: not finite")
+    assert (ledger.events[-1]["status"], ledger.events[-1]["cause"]) == ("failed", "step 3: not finite")
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
