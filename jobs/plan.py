@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SHOWN = (
     "recipe", "config", "cluster.nodes", "cluster.gpus_per_node", "cluster.cpus_per_node", "cluster.gpu_memory",
-    "cluster.tflops", "cluster.network", "cluster.storage", "live", "price", "images_per_cpu_second", "masks",
+    "cluster.tflops", "live", "price", "images_per_cpu_second", "masks",
     "rehearse", "data.train", "run.epochs", "run.steps", "run.global_batch", "scaling.device", "scaling.workers",
     "scaling.cpus_per_worker", "scaling.data_cpus", "precision", "verbose",
 )  # fmt: skip

@@ -15,16 +15,20 @@ import tyro
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
 from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, with_recipes
-from pipelines.config.fields import ESSENTIAL
 from pipelines.config.recipes import RECIPES
 from pipelines.config.sweep import SweepConfig
 
-_SHOWN = ("sweep.space", "sweep.trials", "sweep.grace_period", "sweep.reduction_factor", "sweep.concurrency")
+_SHOWN = (
+    "recipe", "config", "sweep.space", "sweep.trials", "sweep.grace_period", "sweep.reduction_factor",
+    "sweep.concurrency", "data.train", "data.val", "run.storage", "run.name", "run.steps", "tracking.uri",
+    "evaluation.every", "scaling.device", "scaling.workers", "scaling.cpus_per_worker", "scaling.data_cpus", "weights",
+    "model.num_classes", "verbose",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Flags(TrainFlags):
-    # Each `--sweep.space` adds a setting; otherwise the last would silently win.
+    # Without UseAppendAction the last --sweep.space would silently win.
     sweep: Annotated[SweepConfig, tyro.conf.UseAppendAction] = field(default_factory=SweepConfig)
 
 
@@ -35,8 +39,9 @@ def main() -> int:
         _Flags,
         _Flags(training=chosen_recipe(nameless)),
         with_recipes(__doc__, nameless),
-        shown=("recipe", "config", *_SHOWN, *ESSENTIAL, "verbose"),
+        shown=_SHOWN,
         usage=USAGE,
+        required=("sweep.space", "data.train", "data.val", "run.storage"),
     )
     with quiet(flags.verbose):
         from pipelines.sweep import sweep  # imports Ray, which --help should not

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from jobs.shared import console
-from jobs.shared.help import short_help
+from jobs.shared.help import help_text
 from pipelines.errors import RunFailedError, UserError
 
 Config = TypeVar("Config")
@@ -24,6 +24,7 @@ def parse(
     description: str | None = None,
     shown: Iterable[str] | None = None,
     usage: str = "[--SETTING VALUE ...]",
+    required: Iterable[str] = (),
 ) -> Config:
     """Read the command line into a `config_type`.
 
@@ -34,17 +35,17 @@ def parse(
         description: for `--help`.
         shown: dotted names of the settings that `--help` shows; `--help-all` shows all. None if `--help` does.
         usage: for `--help`, what follows the program's name.
+        required: dotted names of settings without a default that must be given, for `--help`.
     """
-    arguments = _own_arguments()
-    command = sys.argv[1 + len(arguments) :]
     prog = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
     if asks_for_help():
-        print(short_help(prog, description or config_type.__doc__ or "", config_type, default, shown, usage))
+        everything = "--help-all" in _own_arguments()
+        text = description or config_type.__doc__ or ""
+        print(help_text(prog, text, config_type, default, usage, shown, required, everything))
         sys.exit(0)
     return tyro.cli(
         config_type,
         prog=prog,
-        args=[*("--help" if argument == "--help-all" else argument for argument in arguments), *command],
         default=tyro.MISSING_NONPROP if default is None else default,
         description=description,
         # A union keeps the recipe's variant and stays overridable by plain flags.
@@ -53,8 +54,8 @@ def parse(
 
 
 def asks_for_help() -> bool:
-    """Tell whether the command line has `--help`."""
-    return bool({"--help", "-h"}.intersection(_own_arguments()))
+    """Tell whether the command line has `--help` or `--help-all`."""
+    return bool({"--help", "--help-all", "-h"}.intersection(_own_arguments()))
 
 
 def _own_arguments() -> list[str]:

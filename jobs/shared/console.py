@@ -25,13 +25,18 @@ log_files: list[Path] = []
 class Console(logging.Handler):
     """Writes log lines to a terminal without disturbing its progress bar."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, announcement: str = "") -> None:
+        """Write `announcement` before the first line: a job that is refused before has nothing to announce."""
         super().__init__()
-        self.stream = stream
+        self.stream, self._announcement = stream, announcement
         self.setFormatter(logging.Formatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._announcement:
+                first = logging.makeLogRecord({**vars(record), "msg": self._announcement, "args": None})
+                first.levelname, self._announcement = "INFO", ""
+                tqdm.write(self.format(first), file=self.stream)
             tqdm.write(self.format(record), file=self.stream)
             self.stream.flush()
         except Exception:  # a terminal that is gone must not end a training
@@ -60,7 +65,10 @@ def quiet(verbose: bool) -> Iterator[None]:
     root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("pipelines", "maskformer", "jobs")]
     handlers = root.handlers
     with file.open("ab") as log, open(os.dup(saved[1]), "w", encoding="utf-8", buffering=1) as stderr:
-        console, to_file = Console(stderr), logging.FileHandler(file)
+        # In a submitted job this is a node of the cluster.
+        host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
+        console = Console(stderr, f"Output of Ray and MLflow goes to {host}{file} (--verbose shows it here).")
+        to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter(f"{FORMAT} [%(name)s]"))
         try:
             root.handlers = [to_file, *(handler for handler in handlers if type(handler) is not logging.StreamHandler)]
@@ -69,11 +77,6 @@ def quiet(verbose: bool) -> Iterator[None]:
             progress.terminal = stderr if os.isatty(saved[1]) else None
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
-            # In a submitted job this is a node of the cluster.
-            host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
-            logging.getLogger("jobs").info(
-                "Output of Ray and MLflow goes to %s%s (--verbose shows it here).", host, file
-            )
             yield
         finally:
             _flush()

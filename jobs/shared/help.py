@@ -20,28 +20,45 @@ _INDENT = 34
 _METAVARS = {"recipe": "NAME", "config": "FILE", "run.name": "NAME"}
 
 
-def short_help(prog: str, description: str, kind: type, default: Any, shown: Iterable[str] | None, usage: str) -> str:
+def help_text(
+    prog: str,
+    description: str,
+    kind: type,
+    default: Any,
+    usage: str,
+    shown: Iterable[str] | None = None,
+    required: Iterable[str] = (),
+    everything: bool = False,
+) -> str:
     """Return usage, description, and a line or two for each setting.
 
     Args:
         kind: the dataclass of the command line.
         default: an instance of it, or None if some settings have no default.
-        shown: dotted names of the settings to show, in this order; None for all.
         usage: what follows the program's name.
+        shown: dotted names of the settings to show, in this order; None for all.
+        required: those that must be given, as a flag or by an environment variable.
+        everything: show all settings, with their whole texts.
     """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     fields = _fields(kind, default)
-    names = list(fields) if shown is None else list(shown)
+    names = list(fields) if shown is None or everything else list(shown)
     lines = [f"usage: {prog} {usage}", "", *_wrapped(description, width), ""]
+    part = ""
     for name in names:
+        if everything and part != (part := name.rpartition(".")[0]):
+            lines.append("")
         hint, text, value = fields[name]
         variable = facts(name).variable
         if value == "" and variable and f"${variable}" in text:
-            value = f"required, or ${variable}" if facts(name).required else f"${variable}"
-        lines += _lines(name, hint, text if shown is None else _short(text), value, width)
-    lines.append(
-        _line("--help", "Show this page." if shown is None else "Show this page; --help-all shows all settings.")
-    )
+            value = f"required, or ${variable}" if name in required else f"${variable}"
+        elif name in required and not value:
+            value = "required"
+        if shown is not None and not everything:
+            text = _short(text, has_default=value not in ("", None, ()))
+        lines += _lines(name, hint, text, value, width)
+    rest = "" if shown is None or everything else "; --help-all shows all settings"
+    lines.append(_line("--help", f"Show this page{rest}."))
     return "\n".join(lines)
 
 
@@ -88,7 +105,9 @@ def _texts(kind: type) -> dict[str, str]:
 
 def _lines(name: str, hint: Any, text: str, value: Any, width: int) -> list[str]:
     part, dot, last = name.replace("_", "-").rpartition(".")
-    flag = f"--{part}{dot}{'[no-]' if value is True else ''}{last}"
+    flag = f"--{part}{dot}{last}"
+    if value is True:
+        flag += f", --{part}{dot}no-{last}"
     first = f"  {flag} {_METAVARS.get(name) or _metavar(hint)}".rstrip()
     described = text
     if value is dataclasses.MISSING:
@@ -101,11 +120,11 @@ def _lines(name: str, hint: Any, text: str, value: Any, width: int) -> list[str]
     return [f"{first:<{_INDENT}}{body[0]}", *(" " * _INDENT + line for line in body[1:])]
 
 
-def _short(text: str) -> str:
-    """Return the first sentence, and the one that names the default or what is required."""
+def _short(text: str, has_default: bool) -> str:
+    """Return the first sentence, and the one that describes the default of a setting without a default value."""
     first, *others = re.split(r"(?<=[.])\s+(?=[A-Z$`\"])", text)
-    kept = [sentence for sentence in others if sentence.startswith(("Default:", "Required")) and "$" not in sentence]
-    return " ".join([first, *kept])
+    kept = [sentence for sentence in others if sentence.startswith("Default:") and "$" not in sentence]
+    return first if has_default else " ".join([first, *kept])
 
 
 def _line(flag: str, text: str) -> str:

@@ -53,6 +53,7 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
         with_recipes(description, named),
         shown=(*SHOWN, "describe", "verbose"),
         usage=USAGE,
+        required=("data.train", "run.storage"),
     )
     if flags.describe:
         from pipelines.planning.describe import describe  # imports torch, which --help should not

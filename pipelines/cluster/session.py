@@ -60,4 +60,4 @@ def _require_listener(address: str) -> None:
 
 def _first_lines(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) < 400 else f"{text[:400]} ..."
+    return f"{text.rstrip('.')}." if len(text) < 400 else f"{text[:400]} ..."

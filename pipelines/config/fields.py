@@ -21,8 +21,6 @@ class Facts:
     """Whether it may change when a run resumes: it affects where and how fast a run computes, not the result."""
     in_sweep: Literal["varies", "no effect", "not comparable"] = "varies"
     """Whether the trials of a sweep may differ in it, or why they may not."""
-    required: bool = False
-    """A run needs it, from a flag, a file or the environment variable."""
     variable: str = ""
     """Environment variable that is used if the field is empty."""
 
@@ -30,11 +28,11 @@ class Facts:
 FACTS = {
     "recipe": Facts(in_sweep="no effect"),
     "run.name": Facts(in_sweep="no effect"),
-    "run.storage": Facts(resumable=True, in_sweep="no effect", required=True, variable="MASKFORMER_STORAGE"),
+    "run.storage": Facts(resumable=True, in_sweep="no effect", variable="MASKFORMER_STORAGE"),
     "run.sample_log": Facts(resumable=True, in_sweep="no effect"),
     "run.steps": Facts(in_sweep="not comparable"),
     "run.epochs": Facts(in_sweep="not comparable"),
-    "data.train": Facts(resumable=True, in_sweep="not comparable", required=True, variable="MASKFORMER_TRAIN_DATA"),
+    "data.train": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_TRAIN_DATA"),
     "data.val": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_VAL_DATA"),
     "data.samples_per_task": Facts(resumable=True, in_sweep="no effect"),
     "data.prefetch": Facts(resumable=True, in_sweep="no effect"),

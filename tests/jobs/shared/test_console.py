@@ -57,7 +57,7 @@ def logged(tmp_path: Path) -> str:
 def test_a_person_sees_our_lines_and_the_file_has_all_others(tmp_path: Path) -> None:
     status, stdout, stderr = job(tmp_path)
     assert (status, stdout) == (0, "the result\n")
-    first, announcement, second = stderr.splitlines()
+    first, announcement, second = stderr.splitlines()  # announced before the first line inside
     assert re.search(r"INFO step 1 of 2$", first)
     assert re.search(r"INFO step 2 of 2$", second)
     log = logged(tmp_path)
