@@ -102,6 +102,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     monkeypatch.setattr(driver, "session", session)
+    # Other tests may have started Ray in this process; these are to see a machine without it.
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
 def test_description_answers_without_ray() -> None:

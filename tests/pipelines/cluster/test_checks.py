@@ -56,7 +56,7 @@ def test_missing_gpus_are_reported(ray_session: str, tiny: TrainConfig, monkeypa
     start = time.monotonic()
     config = replace(tiny, scaling=replace(tiny.scaling, device="cuda"))
     with pytest.raises(
-        UserError, match=r"^The run needs .*\b2 GPU: 2 worker\(s\) with .* The cluster has .*\b0 GPU, with room for 0"
+        UserError, match=r"^The run needs .*\b2 GPU: 2 workers with .* The cluster has .*\b0 GPU, with room for 0"
     ):
         fit(config)
     assert time.monotonic() - start < 30

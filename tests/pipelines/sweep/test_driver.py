@@ -260,7 +260,7 @@ def test_more_than_the_cluster_has_is_refused_with_numbers(ray_session: str, bas
     cpus = ray.cluster_resources()["CPU"]
     with pytest.raises(
         UserError,
-        match=rf"Running 99 trial\(s\) at a time needs 99 CPU: .* has {cpus:g} CPU, .* for {cpus:g} of these jobs",
+        match=rf"Running 99 trials at a time needs 99 CPU: .* has {cpus:g} CPU, .* for {cpus:g} of these jobs",
     ):
         sweep(base, SweepConfig(space=SPACE, concurrency=99))
     with pytest.raises(
