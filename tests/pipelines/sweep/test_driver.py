@@ -264,7 +264,7 @@ def test_more_than_the_cluster_has_is_refused_with_numbers(ray_session: str, bas
     ):
         sweep(base, SweepConfig(space=SPACE, concurrency=99))
     with pytest.raises(
-        UserError, match=rf"needs 400\.5 CPU: 2 worker\(s\) with 200 CPU each, .* The cluster has {cpus:g} CPU, "
+        UserError, match=rf"needs 400\.5 CPU: 2 workers with 200 CPU each, .* The cluster has {cpus:g} CPU, "
     ):
         sweep(with_overrides(base, {"scaling.cpus_per_worker": 200.0}), SweepConfig(space=SPACE))
     with pytest.raises(UserError, match=rf"needs 1 CPU, 2 GPU: .* The cluster has {cpus:g} CPU, 0 GPU, "):
