@@ -67,7 +67,7 @@ def main() -> None:
     from pipelines.planning.estimate import make_plan, planned_capacity  # imports torch, which --help should not
     from pipelines.planning.report import Marks, report
 
-    images, source, counted = training_images(flags.training)
+    images, source, mark = training_images(flags.training)
     plan = make_plan(
         flags.training,
         flags.cluster,
@@ -77,7 +77,7 @@ def main() -> None:
         images_per_cpu=flags.images_per_cpu_second,
     )
     marks = Marks(
-        images=counted,
+        images=mark,
         cluster="measured" if flags.live else "given",
         images_per_cpu="measured" if flags.images_per_cpu_second == IMAGES_PER_CPU else "given",
     )
