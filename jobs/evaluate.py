@@ -1,6 +1,7 @@
 """Compute the PQ of a checkpoint on a packed data set, log it to MLflow, and register the model if asked to.
 
 python jobs/evaluate.py --checkpoint runs/demo --data runs/demo-data/val
+python jobs/evaluate.py --checkpoint runs/demo@best --data runs/demo-data/val
 """
 
 from dataclasses import dataclass

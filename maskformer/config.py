@@ -131,12 +131,17 @@ class OptimizerConfig:
     clip_norm: float = 0.01
     """Largest L2 norm of all gradients together; 0 turns clipping off. Raw norms are far above 0.01, so with the
     default every gradient ends up with this norm."""
+    ema_decay: float = 0.0
+    """Decay per step of averaged weights (EMA), such as 0.9999; 0 disables them. They are evaluated and registered in
+    place of the trained ones."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"optimizer.{name} must be positive, got {value}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay must be at least 0 and below 1, got {self.ema_decay}.")
         decays = ("weight_decay", "norm_weight_decay", "backbone_norm_weight_decay", "query_weight_decay")
         for name in ("backbone_lr_multiplier", *decays, "clip_norm"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate of every step.
+"""AdamW's parameter groups, the learning rate of every step, and averaged weights.
 
 The groups follow MaskFormer (arXiv:2107.06278, section 4.1, and its released configurations): the backbone has a lower
 learning rate; norms, query embeddings and Swin's position biases have no weight decay. The learning rate is a pure
@@ -6,10 +6,12 @@ function of the step, so checkpoints need not store it.
 """
 
 import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskformer.backbone import ShiftedWindowAttention
 from maskformer.config import OptimizerConfig, ScheduleConfig
@@ -78,3 +80,48 @@ def learning_rate_factor(step: int, total_steps: int, steps_per_epoch: float, co
         start = config.warmup_start_factor
         factor *= start + (1 - start) * step / config.warmup_steps
     return factor
+
+
+class AveragedWeights:
+    """The exponential moving average (EMA) of a model's trainable parameters.
+
+    After every step, averaged = decay * averaged + (1 - decay) * trained; the initial weights are the first average.
+    Buffers and frozen parameters have their latest values. The tensors of `state_dict` are the complete state.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Add the weights of `model` after a step to the average."""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.requires_grad:
+                self._tensors[name].lerp_(tensor, 1 - self._decay)
+            else:
+                self._tensors[name].copy_(tensor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averaged weights under the names of the model's own state; they change at the next update."""
+        return dict(self._tensors)
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the result of `state_dict`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        for name, tensor in self._tensors.items():
+            tensor.copy_(tensors[name])
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Generator[None]:
+        """Give `model` the averaged weights inside the block, and its own again after it, bit for bit."""
+        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self._tensors)
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained)

@@ -1,4 +1,4 @@
-"""The two errors that a job prints as one paragraph, without a traceback."""
+"""The errors that a job prints as one paragraph, without a traceback."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,11 @@ class UserError(ValueError):
 
 class RunFailedError(RuntimeError):
     """A run that started and then failed. The message states the cause; jobs exit with status 1."""
+
+
+class StorageUnavailableError(RuntimeError):
+    """A storage that did not answer for as long as the configuration allows. It is not the user's error.
+
+    The message is one paragraph: what did not answer, for how long, its last answer, and that the same command resumes.
+    Jobs exit with status 1.
+    """

@@ -3,28 +3,74 @@
 Credentials, region and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...),
 never from a configuration. Writes are atomic: an object store guarantees that, and on a local disk a file is
 written under a temporary name in the same folder and renamed.
+
+A storage may be away for a while: each operation is tried again until the patience of the process (`set_patience`) is
+over. What waiting cannot change, such as a wrong bucket or key, is a UserError at once.
 """
 
 import errno
 import hashlib
+import logging
 import os
 import posixpath
+import random
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.errors import UserError
+from pipelines.errors import StorageUnavailableError, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_AWAY = {  # of a network mount, mostly
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
+}
+_FROM_S3 = re.compile(r"AWS Error|errors when deleting objects in S3 bucket")  # not from decoding what was read
+_PERMANENT = re.compile(  # answers of S3 that stay the same, in the words of pyarrow; all others may be an outage
+    r"AWS Error (ACCESS_DENIED|(INVALID|MISSING)_\w+|SIGNATURE_DOES_NOT_MATCH|INCOMPLETE_SIGNATURE|UNRECOGNIZED_CLIENT"
+    r"|OPT_IN_REQUIRED|VALIDATION|NO_SUCH_BUCKET|RESOURCE_NOT_FOUND"
+    r"|UNKNOWN \(HTTP status (3\d\d|4(?!08|09|25|29)\d\d)\))"  # but timeout, conflict, too early, too many requests
+    r"|curlCode: (3|60|77),"  # malformed address; certificate
+)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds between two tries
+_CONNECT_TIMEOUT, _REQUEST_TIMEOUT = 5, 10  # seconds; the second is how long not one byte may come
+_patience = 10.0  # a job's own process: a mistyped endpoint is reported soon
+_patience_here: ContextVar[float | None] = ContextVar("patience", default=None)  # each thread has its own
+_outages: dict[str, object] = {}  # the storages for which this process is waiting, and the call that reports each
+_jitter = random.SystemRandom()  # leaves the generators of the training alone, and differs between forked processes
+
+
+def set_patience(seconds: float) -> None:
+    """Set for how many seconds this process tries a storage that does not answer; 0: once."""
+    global _patience
+    _patience = seconds
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Set the patience of `set_patience` for this thread only, such as 0 for what can be done another time."""
+    token = _patience_here.set(seconds)
+    try:
+        yield
+    finally:
+        _patience_here.reset(token)
 
 
 def is_remote(uri: str) -> bool:
@@ -71,22 +117,24 @@ class Location:
     def names(self) -> list[str]:
         """List the names in this folder, sorted; empty if the folder does not exist."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        with _explained("list", self):
-            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in infos)
 
     def size(self) -> int:
         """Return the bytes of this file, or of all files in this folder; 0 if it does not exist."""
-        with _explained("list", self):
-            info = self.filesystem.get_file_info(self.path)
+        info = retried("list", self, lambda: self.filesystem.get_file_info(self.path))
         if info.type == fs.FileType.File:
             return info.size or 0
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
-        with _explained("list", self):
-            return sum(info.size or 0 for info in self.filesystem.get_file_info(selector))
+        infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
+        return sum(info.size or 0 for info in infos)
 
     def read_bytes(self) -> bytes:
-        with _explained("read", self), self.filesystem.open_input_stream(self.path) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
+                return file.read()
+
+        return retried("read", self, read)
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
@@ -97,28 +145,34 @@ class Location:
         Raises:
             UserError: the disk is full, or the file may not be written. No partial file is left.
         """
-        with _explained("write", self):
+
+        def write() -> None:
             if self.is_local:
                 _replace(Path(self.path), data)
             else:
                 with self.filesystem.open_output_stream(self.path) as stream:
                     stream.write(data)
 
+        retried("write", self, write)
+
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
 
     def delete(self) -> None:
         """Delete this file, or this folder and its contents. It need not exist."""
-        kind = self._kind()
-        with _explained("delete", self), suppress(FileNotFoundError):  # another process may have deleted it
-            if kind == fs.FileType.Directory:
-                self.filesystem.delete_dir(self.path)
-            elif kind != fs.FileType.NotFound:
-                self.filesystem.delete_file(self.path)
+
+        def delete() -> None:
+            kind = self.filesystem.get_file_info(self.path).type
+            with suppress(FileNotFoundError):  # another process, or an earlier try, may have deleted it
+                if kind == fs.FileType.Directory:
+                    self.filesystem.delete_dir(self.path)
+                elif kind != fs.FileType.NotFound:
+                    self.filesystem.delete_file(self.path)
+
+        retried("delete", self, delete)
 
     def _kind(self) -> fs.FileType:
-        with _explained("access", self):
-            return self.filesystem.get_file_info(self.path).type
+        return retried("access", self, lambda: self.filesystem.get_file_info(self.path).type)
 
 
 def _replace(target: Path, data: bytes) -> None:
@@ -135,27 +189,103 @@ def _replace(target: Path, data: bytes) -> None:
         raise
 
 
-@contextmanager
-def _explained(action: str, location: Location) -> Iterator[None]:
-    """Raise what the user can correct as a UserError; a missing file or a broken disk stays an OSError."""
+def retried(action: str, location: Location, operation: Callable[[], T]) -> T:
+    """Return the result of `operation`, tried again until the storage answers or the patience is over.
+
+    `operation` is repeated from its start, so doing it twice must be the same as once.
+
+    Args:
+        action: what it does with the location, for messages: "read", "write", ...
+
+    Raises:
+        StorageUnavailableError: the storage did not answer for as long as the patience of this process or thread.
+        UserError: waiting will not help: a wrong bucket, key or region, no permission, or a full disk.
+        FileNotFoundError: the file does not exist.
+        OSError: anything else that neither the storage's absence nor the user explains.
+    """
+    return _retried(action, location.uri, operation)
+
+
+def _retried(action: str, uri: str, operation: Callable[[], T]) -> T:
+    bucket = "/".join(uri.split("/")[:3]) if is_remote(uri) else ""
+    overridden = _patience_here.get()
+    seconds = _patience if overridden is None else overridden
+    failed_at = None  # when the first try failed
+    waiting = _FIRST_WAIT
+    call = object()
     try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if not location.is_local:
-            raise UserError(f"Cannot {action} {location}: {_one_line(error)}. {_credentials_hint()}") from error
-        if error.errno in _FULL:
-            raise UserError(
-                f"Cannot {action} {location}: no space is left ({error.strerror}). Files written earlier stay valid. "
-                f"Free some space or choose another location, and run the same command again."
-            ) from error
-        if error.errno in _FORBIDDEN:
-            raise UserError(
-                f"Cannot {action} {location}: {os.strerror(error.errno)}. Choose a location that this user "
-                f"may {action}."
-            ) from error
-        raise
+        while True:
+            try:
+                result = operation()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not _is_away(error, uri):
+                    explained = _explained(error, action, uri)
+                    if explained is None:
+                        raise
+                    raise explained from error
+                now = time.monotonic()
+                first, failed_at = failed_at is None, failed_at or now
+                remaining = failed_at + seconds - now
+                if remaining <= 0:
+                    raise _unavailable(error, action, uri, now - failed_at) from error
+                if first and _outages.setdefault(bucket, call) is call:
+                    logger.warning(
+                        f"Storage {bucket or uri} does not answer ({_one_line(error)}); trying again for up to "
+                        f"{_duration(seconds)}."
+                    )
+            else:
+                if failed_at is not None and _outages.get(bucket) is call:
+                    logger.info(
+                        f"Storage {bucket or uri} answers again after {_duration(time.monotonic() - failed_at)}."
+                    )
+                return result
+            time.sleep(min(remaining, waiting * _jitter.uniform(0.5, 1)))
+            waiting = min(2 * waiting, _LONGEST_WAIT)
+    finally:
+        if _outages.get(bucket) is call:
+            del _outages[bucket]
+
+
+def _is_away(error: OSError, uri: str) -> bool:
+    """Return whether the storage may answer `error` differently after a while."""
+    if error.errno in _AWAY:
+        return True
+    if uri.startswith("s3://"):
+        text = str(error)
+        return bool(_FROM_S3.search(text)) and not _PERMANENT.search(text)
+    return is_remote(uri)  # another store's answers are not known here
+
+
+def _explained(error: OSError, action: str, uri: str) -> UserError | None:
+    """Return a UserError for what the user can correct; None for other errors."""
+    if is_remote(uri):
+        if _FROM_S3.search(str(error)):
+            return UserError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
+    elif error.errno in _FULL:
+        return UserError(
+            f"Cannot {action} {uri}: no space is left ({error.strerror}). Files written earlier stay valid. "
+            f"Free some space or choose another location, and run the same command again."
+        )
+    elif error.errno in _FORBIDDEN:
+        return UserError(
+            f"Cannot {action} {uri}: {os.strerror(error.errno)}. Choose a location that this user may {action}."
+        )
+    return None
+
+
+def _unavailable(error: OSError, action: str, uri: str, seconds: float) -> StorageUnavailableError:
+    tried = f"for {_duration(seconds)}" if seconds else "when asked once"
+    check = _credentials_hint() if is_remote(uri) else "Check the disk or the network mount."
+    return StorageUnavailableError(
+        f"Cannot {action} {uri}: the storage did not answer {tried}; the last error was: {_one_line(error)}. Once it "
+        f"answers, the same command resumes. {check}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _one_line(error: BaseException) -> str:
@@ -176,6 +306,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
 
     Raises:
         UserError: the scheme is unknown or the URI malformed.
+        StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
     if not is_remote(uri):
@@ -188,7 +319,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
             f"environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION)."
         )
     try:
-        filesystem, root = _remote(f"{scheme}://{bucket}", _settings())
+        filesystem, root = _retried("open", uri, lambda: _remote(f"{scheme}://{bucket}", _settings()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(
             f"Cannot open {uri}: {_one_line(error)}. Use a path or a URI such as s3://bucket/folder. "
@@ -201,13 +332,32 @@ def _settings() -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
 
 
+class _S3(fs.S3FileSystem):
+    """S3 where a request is tried once, so that `retried` alone decides, in each process that receives it."""
+
+    def __init__(self, region: str, endpoint: str | None) -> None:
+        super().__init__(
+            region=region,
+            endpoint_override=endpoint,
+            connect_timeout=_CONNECT_TIMEOUT,
+            request_timeout=_REQUEST_TIMEOUT,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        )
+        self._arguments = (region, endpoint)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _S3, self._arguments  # pyarrow's own would drop the retry strategy
+
+
 @lru_cache(maxsize=16)
 def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.FileSystem, str]:
-    """Open a bucket, once per environment, since each opening requests the bucket's region.
-
-    pyarrow itself retries a request that fails for a transient reason, three times in all.
-    """
-    return fs.FileSystem.from_uri(bucket)
+    """Open a bucket, once per environment, since each opening requests the bucket's region."""
+    filesystem, root = fs.FileSystem.from_uri(bucket)
+    if isinstance(filesystem, fs.S3FileSystem):
+        environment = dict(settings)
+        endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        filesystem = _S3(filesystem.region, endpoint)
+    return filesystem, root
 
 
 def sha256(data: bytes | memoryview) -> str:

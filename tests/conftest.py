@@ -15,6 +15,7 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
+from jobs.bench.faulty_server import FaultyServer
 from pipelines.cluster.session import session
 from pipelines.config.recipes import DEMO
 from pipelines.config.train import TrainConfig
@@ -57,6 +58,14 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{uuid.uuid4().hex}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def faulty_s3(s3_server: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    """Put a server that can be told to fail between this test and the S3 server of `bucket`."""
+    with FaultyServer(s3_server) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server
 
 
 @pytest.fixture(scope="session")

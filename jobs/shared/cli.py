@@ -13,7 +13,7 @@ import tyro
 
 from jobs.shared import console
 from jobs.shared.help import help_text
-from pipelines.errors import RunFailedError, UserError
+from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
 Config = TypeVar("Config")
 
@@ -72,7 +72,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RunFailedError as error:
+    except (RunFailedError, StorageUnavailableError) as error:
         print(f"error: {error}{_details()}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

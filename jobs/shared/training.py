@@ -15,7 +15,7 @@ from pipelines.config.overrides import flatten, with_overrides
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
 from pipelines.config.serialize import VERSION
 from pipelines.config.train import TrainConfig
-from pipelines.errors import UserError
+from pipelines.errors import StorageUnavailableError, UserError
 
 SHOWN = ("recipe", "config", *ESSENTIAL)
 """The settings that `--help` of a training job shows, and those of other jobs that take a recipe."""
@@ -87,7 +87,7 @@ def chosen_recipe(recipes: Mapping[str, TrainConfig]) -> TrainConfig:
     """
     try:
         return _chosen_recipe(recipes)
-    except UserError:
+    except (UserError, StorageUnavailableError):
         if asks_for_help():  # which must always answer
             return next(iter(recipes.values()))
         raise

@@ -7,22 +7,26 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from maskformer import MaskFormer, Taxonomy, weights
-from pipelines.checkpoints.saved_model import SavedModel, is_native, load_model
+from pipelines.checkpoints.saved_model import SavedModel, find, is_native, load_model
 from pipelines.config.serialize import to_dict
 from pipelines.config.train import RunConfig, TrainConfig
 from pipelines.errors import UserError
-from pipelines.storage import Location, locate
+from pipelines.storage import Location
 
 logger = logging.getLogger(__name__)
 
 
 def read(uri: str) -> weights.Weights:
-    """Read the weights at a path or URI: a run's folder, one of its checkpoints, or what `maskformer.weights` reads.
+    """Read the weights at a path or URI.
+
+    Args:
+        uri: a run's folder for its newest checkpoint, the folder followed by `@best` for its best one, one of its
+            checkpoints/step_* folders, or what `maskformer.weights` reads.
 
     Raises:
         UserError: it does not exist, or cannot be read as weights.
     """
-    location = locate(uri)
+    location = find(uri)
     if not location.exists():
         raise UserError(
             f"There is nothing at {uri}. Give a run's folder (<storage>/<run name>), one of its checkpoints/step_* "
@@ -72,10 +76,13 @@ def load_initial_weights(model: MaskFormer, initial_weights: str, taxonomy: Taxo
 def open_model(uri: str, taxonomy: Taxonomy) -> SavedModel:
     """Open the model at a path or URI, of a run or of another program, to evaluate it on data with `taxonomy`.
 
+    Args:
+        uri: as for `read`.
+
     Raises:
         UserError: it cannot be read, is not a complete model, or lacks classes of the data.
     """
-    location = locate(uri)
+    location = find(uri)
     if is_native(location):
         return load_model(location)
     file = read(uri)

@@ -7,11 +7,21 @@ import safetensors.torch
 from torch import Tensor
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.checkpoints.state import DamagedCheckpointError, newest, read_verified, step_of
+from pipelines.checkpoints.state import (
+    DamagedCheckpointError,
+    check_files,
+    newest,
+    read_best,
+    read_verified,
+    step_folder,
+    step_of,
+)
 from pipelines.config.serialize import from_dict
 from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
-from pipelines.storage import Location
+from pipelines.storage import Location, locate
+
+_BEST = "@best"
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,32 @@ class SavedModel:
     taxonomy: Taxonomy
     folder: str = ""
     """Folder for results: that of its run, or one beside the file. Empty for a model in memory."""
+
+
+def find(uri: str) -> Location:
+    """Return the location that `uri` names: a path or URI, or `RUN@best` for the best checkpoint of a run's folder.
+
+    Raises:
+        UserError: the run has no best checkpoint, or it is not complete.
+    """
+    location = locate(uri)
+    if not uri.endswith(_BEST) or location.exists():
+        return location
+    run = locate(uri.removesuffix(_BEST))
+    remedy = f"Use {run} for its newest checkpoint, or one of its checkpoints/step_* folders."
+    try:
+        best = read_best(run)
+        if best is not None:
+            check_files(step_folder(run, best.step))
+            return step_folder(run, best.step)
+    except DamagedCheckpointError as error:
+        raise UserError(f"The best checkpoint of {run} cannot be used. {error} {remedy}") from error
+    if not run.exists():
+        raise UserError(f"There is nothing at {run}. Give a run's folder (<storage>/<run name>) before {_BEST}.")
+    raise UserError(
+        f"{run} has no best checkpoint: it has no best.json. A run keeps one if it has validation data (--data.val), a "
+        f"quick PQ (--evaluation.every) and --checkpoint.keep-best. {remedy}"
+    )
 
 
 def is_native(location: Location) -> bool:

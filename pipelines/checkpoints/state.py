@@ -1,9 +1,11 @@
 """The training state, and how it is saved, verified and found again.
 
-    <run>/checkpoints/step_00000120/model.safetensors   the weights
-                                    state.pt            step and optimizer; loads with weights_only
+    <run>/checkpoints/step_00000120/model.safetensors   the weights to use: the averaged ones if there are any
+                                    state.pt            step, optimizer and progress, and the trained weights if
+                                                        model.safetensors has averaged ones; loads with weights_only
                                     config.json         resolved configuration and taxonomy
                                     manifest.json       step, environment and the sha256 of each file; written last
+    <run>/best.json                                     step and quick PQ of the best checkpoint
 
 A folder without a manifest, or with a file that does not match it, is not a complete checkpoint. No random state is
 saved, since every random number is a function of the position in the data.
@@ -16,11 +18,14 @@ import pickle
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+import PIL
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor
 
 from maskformer.taxonomy import Taxonomy
@@ -44,11 +49,24 @@ class TrainingState:
     step: int
     """Optimizer steps completed. The data stream resumes at position step * global batch."""
     model: dict[str, Tensor]
+    """The trained weights."""
     optimizer: dict[str, Any]
+    averaged: dict[str, Tensor] | None = None
+    """The averaged weights (EMA); None without averaging."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Plain JSON values that the training loop continues with, such as the best quick PQ so far."""
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The content of a run's best.json."""
+
+    step: int
+    quick_pq: float
 
 
 class DamagedCheckpointError(ValueError):
-    """A folder that is not a complete checkpoint; the message names the file."""
+    """A folder that is not a complete checkpoint, or a best.json that names none; the message names the file."""
 
 
 def step_folder(run: Location, step: int) -> Location:
@@ -69,12 +87,22 @@ def steps_saved(run: Location) -> list[int]:
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:
-    """Return the conditions that must stay the same for a resumed run to be bit-identical."""
+    """Return the conditions that must stay the same for a resumed run to be bit-identical.
+
+    Args:
+        config: the configuration of a run with a fixed number of workers.
+    """
+    workers, exact = config.batch_split.workers, config.scaling.exact
     return {
-        "workers": config.scaling.workers,
+        "workers": "any power of two" if exact and workers & (workers - 1) == 0 else workers,
+        "reduction": "exact" if exact else "fast",
         "threads": config.scaling.threads,
         "device": config.scaling.device,
         "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
 
@@ -86,12 +114,16 @@ def save(folder: Location, state: TrainingState, config: TrainConfig, taxonomy: 
 
     Raises:
         UserError: the folder cannot be written.
+        StorageUnavailableError: the storage did not answer.
     """
     (folder / "manifest.json").delete()
+    rest = {"step": state.step, "optimizer": state.optimizer, "progress": state.progress}
+    if state.averaged is not None:
+        rest["model"] = state.model
     buffer = io.BytesIO()
-    torch.save({"step": state.step, "optimizer": state.optimizer}, buffer)
+    torch.save(rest, buffer)
     files = {
-        "model.safetensors": safetensors.torch.save(state.model),
+        "model.safetensors": safetensors.torch.save(state.model if state.averaged is None else state.averaged),
         "state.pt": buffer.getvalue(),
         "config.json": json.dumps({"config": to_dict(config), "categories": taxonomy.to_coco()}, indent=1).encode(),
     }
@@ -112,6 +144,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the manifest is missing or cannot be read.
         UserError: another version wrote it, or the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -135,6 +168,7 @@ def check_files(folder: Location) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: a file is missing or has another size, or the manifest cannot be read.
         UserError: another version wrote the checkpoint, or the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
     """
     manifest = read_manifest(folder)
     wrong = [name for name, file in manifest["files"].items() if (folder / name).size() != file["bytes"]]
@@ -149,6 +183,7 @@ def read_verified(folder: Location, names: list[str]) -> dict[str, bytes]:
     Raises:
         DamagedCheckpointError: a file is missing or does not match the manifest.
         UserError: another version wrote the checkpoint, or the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
     """
     manifest = read_manifest(folder)
     try:
@@ -173,11 +208,15 @@ def load(folder: Location) -> TrainingState:
     Raises:
         DamagedCheckpointError: a file is missing, does not match the manifest, or cannot be decoded.
         UserError: another version wrote the checkpoint, or the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
     """
     data = read_verified(folder, ["model.safetensors", "state.pt"])
     try:
         rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
-        return TrainingState(rest["step"], safetensors.torch.load(data["model.safetensors"]), rest["optimizer"])
+        weights = safetensors.torch.load(data["model.safetensors"])
+        averaged = weights if "model" in rest else None
+        model = rest.get("model", weights)
+        return TrainingState(rest["step"], model, rest["optimizer"], averaged, rest.get("progress", {}))
     except pickle.UnpicklingError as error:  # torch's message advises to disable the protection
         raise DamagedCheckpointError(
             f"{folder} was not opened: its state.pt has more than tensors and plain values, so loading it could run "
@@ -201,6 +240,7 @@ def newest(run: Location, read: Callable[[Location], Loaded]) -> Loaded | None:
     Raises:
         UserError: all are damaged, since only the user can decide to train from the beginning; another version wrote
             the newest one; or the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
     """
     problems: list[str] = []
     for step in reversed(steps_saved(run)):
@@ -218,3 +258,33 @@ def newest(run: Location, read: Callable[[Location], Loaded]) -> Loaded | None:
             f"run with another --run.name."
         )
     return None
+
+
+def read_best(run: Location) -> BestCheckpoint | None:
+    """Read which of a run's checkpoints has the best quick PQ; None if no checkpoint was marked as the best.
+
+    Raises:
+        DamagedCheckpointError: best.json is not what `write_best` writes.
+        UserError: the storage cannot be read.
+        StorageUnavailableError: the storage did not answer.
+    """
+    file = run / "best.json"
+    try:
+        values = json.loads(file.read_text())
+        return BestCheckpoint(int(values["step"]), float(values["quick_pq"]))
+    except FileNotFoundError:
+        return None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def write_best(run: Location, best: BestCheckpoint) -> None:
+    """Write best.json; the checkpoint must be complete.
+
+    Raises:
+        UserError: it cannot be written.
+        StorageUnavailableError: the storage did not answer.
+    """
+    (run / "best.json").write_text(json.dumps({"step": best.step, "quick_pq": best.quick_pq}))

@@ -21,9 +21,10 @@ class Demand:
     data_cpus: float
 
     @classmethod
-    def of(cls, scaling: ScalingConfig) -> "Demand":
-        """Return the demand of a training run."""
-        return cls(workers=scaling.workers, per_worker=scaling.per_worker, data_cpus=scaling.data_cpus)
+    def of(cls, scaling: ScalingConfig, workers: int | None = None) -> "Demand":
+        """Return the demand of a training run, with its largest number of workers unless another is given."""
+        count = scaling.max_workers if workers is None else workers
+        return cls(workers=count, per_worker=scaling.per_worker, data_cpus=scaling.data_cpus)
 
     @property
     def total(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node, state  # Ray has no public way to ask by node
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,7 +30,23 @@ _APPEAR_SECONDS = 5
 
 def capacity() -> Capacity:
     """Return the resources of the joined cluster."""
-    return Capacity.of(node["Resources"] for node in ray.nodes() if node["Alive"])
+    return Capacity.of(resources().values())
+
+
+def resources() -> dict[str, dict[str, float]]:
+    """Return the resources of the joined cluster's nodes, in use or not, by the node's id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Return what is free now on each node that is not about to leave the cluster, by the node's id."""
+    leaving = draining_nodes()
+    return {node: free for node, free in available_resources_per_node().items() if node not in leaving}
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that will leave the cluster: preempted, or drained by `ray drain-node`."""
+    return set(state.get_draining_nodes())
 
 
 def require_permanent(locations: Mapping[str, str]) -> None:

@@ -125,11 +125,14 @@ class SimulatedCluster:
 
 
 @contextmanager
-def simulated(nodes: Sequence[Node], environment: dict[str, str]) -> Iterator[SimulatedCluster]:
+def simulated(
+    nodes: Sequence[Node], environment: dict[str, str], dashboard: bool = False
+) -> Iterator[SimulatedCluster]:
     """Start a head and `nodes` and join them, for the duration of the block. In the main thread only.
 
     Args:
         environment: variables for all processes started in the block. $RAY_ADDRESS is set to the cluster.
+        dashboard: start Ray's dashboard, without which Ray does not clean up after drivers that were killed.
     """
     handler = signal.getsignal(signal.SIGTERM)
     # /tmp: paths of sockets in the folder must stay below 104 characters.
@@ -141,7 +144,7 @@ def simulated(nodes: Sequence[Node], environment: dict[str, str]) -> Iterator[Si
         cluster = SimulatedCluster(Path(folder), processes, Cluster())
         os.environ.pop("RAY_ADDRESS", None)
         try:
-            cluster.add(Node(0), include_dashboard=False, _system_config=dict(_ON_DEMAND))
+            cluster.add(Node(0), include_dashboard=dashboard, _system_config=dict(_ON_DEMAND))
             for node in nodes:
                 cluster.add(node)
             os.environ["RAY_ADDRESS"] = cluster.address

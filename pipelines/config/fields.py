@@ -30,12 +30,15 @@ FACTS = {
     "run.name": Facts(in_sweep="no effect"),
     "run.storage": Facts(resumable=True, in_sweep="no effect", variable="MASKFORMER_STORAGE"),
     "run.sample_log": Facts(resumable=True, in_sweep="no effect"),
+    "run.non_finite": Facts(resumable=True, in_sweep="no effect"),
+    "run.patience": Facts(resumable=True, in_sweep="not comparable"),
     "run.steps": Facts(in_sweep="not comparable"),
     "run.epochs": Facts(in_sweep="not comparable"),
     "data.train": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_TRAIN_DATA"),
     "data.val": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_VAL_DATA"),
     "data.samples_per_task": Facts(resumable=True, in_sweep="no effect"),
     "data.prefetch": Facts(resumable=True, in_sweep="no effect"),
+    "data.damaged": Facts(resumable=True, in_sweep="no effect"),
     "scaling": Facts(resumable=True, in_sweep="no effect"),
     "checkpoint": Facts(resumable=True, in_sweep="no effect"),
     "evaluation": Facts(resumable=True, in_sweep="not comparable"),
@@ -74,7 +77,7 @@ def field_types(kind: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
 
 def without_none(hint: Any) -> Any:
     """Return X for the type `X | None`, any other type unchanged."""
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) and type(None) in hint.__args__:
         return next(inner for inner in hint.__args__ if inner is not type(None))
     return hint
 
@@ -86,7 +89,9 @@ def convert(hint: Any, value: Any) -> Any:
         TypeError: `value` is not of that type.
     """
     if isinstance(hint, types.UnionType):
-        return None if value is None else convert(without_none(hint), value)
+        if type(value) in hint.__args__:
+            return value
+        return convert(hint.__args__[0], value)
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
@@ -108,7 +113,7 @@ def convert(hint: Any, value: Any) -> Any:
 def describe_type(hint: Any) -> str:
     """Describe a type in words, such as `an integer`."""
     if isinstance(hint, types.UnionType):
-        return f"{describe_type(without_none(hint))}, or none"
+        return ", or ".join("none" if kind is type(None) else describe_type(kind) for kind in hint.__args__)
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
     if typing.get_origin(hint) is tuple:

@@ -51,8 +51,9 @@ class PublishConfig:
     """Which checkpoint to evaluate, on which data, and where to register it."""
 
     checkpoint: str
-    """Checkpoint to evaluate: a path or URI. One of a run's checkpoints/step_* folders; the run's folder
-    (<storage>/<run name>) for its newest checkpoint; or a checkpoint of mmdetection, detectron2 or Hugging Face."""
+    """Checkpoint to evaluate: a path or URI. A run's folder (<storage>/<run name>) for its newest checkpoint; the same
+    with @best at the end for the one of the best quick PQ; one of its checkpoints/step_* folders; or a checkpoint of
+    mmdetection, detectron2 or Hugging Face."""
     data: str
     """Pack to evaluate on, written by prepare_data.py."""
     output: str = ""

@@ -4,12 +4,15 @@ A recipe (recipes.py) is a complete TrainConfig. `resolve` (resolve.py) makes it
 The docstring below a field is its help text; `--help` shows the first sentence, `--help-all` all of it.
 """
 
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from maskformer.config import LossConfig, ModelConfig, OptimizerConfig, PanopticConfig, ScheduleConfig
 from pipelines.data.augment_config import AugmentConfig
 from pipelines.data.order import BatchSplit
+from pipelines.errors import UserError
 
 
 def at_least(part: str, config: Any, **limits: int) -> None:
@@ -34,6 +37,9 @@ class DataConfig:
     """Images that one Ray Data task decodes and augments."""
     prefetch: int = 8
     """Micro-batches that each worker prefetches."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read. `stop` ends the run; `skip` trains on the pack's next image in its
+    place and says so, which leaves all other positions of the order as they are."""
 
     def __post_init__(self) -> None:
         at_least("data", self, samples_per_task=1, prefetch=1)
@@ -59,11 +65,20 @@ class RunConfig:
     micro_batch: int = 1
     """Images per forward pass of one worker. It affects the result: images are padded to the largest of the batch, and
     convolutions, GroupNorm and Swin's windows see the padding."""
+    patience: int = 0
+    """Quick PQs without a new best after which the run ends early; 0 disables it."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a step that is twice not finite. Such a step is always repeated once from the checkpoint before.
+    `stop` ends the run and writes what jobs/replay.py needs; `skip` leaves the weights as they are for that step."""
     sample_log: bool = False
     """Log the image ids of every step to samples.jsonl. One line per step and worker; needs a local run.storage."""
 
     def __post_init__(self) -> None:
-        at_least("run", self, seed=0, global_batch=1, micro_batch=1)
+        at_least("run", self, seed=0, global_batch=1, micro_batch=1, patience=0)
+        if self.seed >= 2**64:
+            raise ValueError(f"run.seed must be below 2**64, got {self.seed}.")
+        if not math.isfinite(self.epochs):
+            raise ValueError(f"run.epochs must be a finite number, got {self.epochs}.")
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise ValueError(f"A run needs at least one step, got run.epochs {self.epochs} and run.steps {self.steps}.")
         if "/" in self.name or self.name.startswith("."):
@@ -76,8 +91,10 @@ class RunConfig:
 class ScalingConfig:
     """Number and resources of the workers, and failure limits. Nothing here changes the training mathematically."""
 
-    workers: int = 16
-    """Training processes, each with one device. Gradient accumulation follows from run.global_batch."""
+    workers: int | str = 16
+    """Training processes, each with one device: a number, or a range such as 2:8. Of a range, the largest number that
+    divides the global batch and fits the cluster is used; the run continues with fewer workers when nodes are lost and
+    with more when they return. Gradient accumulation follows from run.global_batch."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Device of each worker: one GPU, or the CPU."""
     cpus_per_worker: float = 2
@@ -86,16 +103,53 @@ class ScalingConfig:
     """CPUs for decoding and augmentation, all workers together. Ray Data tasks run there. Fractions are allowed."""
     threads: int = 1
     """PyTorch threads per worker. On CPUs the number affects rounding, so bit-identical resuming needs the same one."""
+    reduction: Literal["auto", "exact", "fast"] = "auto"
+    """How gradients are added. `exact` adds them in the same order whatever the number of workers, so 1, 2, 4 and 8
+    give the same bits; `fast` is DDP, which adds during the backward pass. `auto` is exact on CPUs, fast on GPUs."""
     max_failures: int = 8
-    """Times that failed workers are restarted before the run fails."""
+    """Failures in a row without a new checkpoint after which the run fails."""
+    node_wait: float = 120
+    """Seconds that a range of workers waits for a lost node before the run continues with fewer."""
+    storage_patience: float = 900
+    """Seconds to wait for a storage that does not answer before the run fails."""
+    hang_timeout: float = 300
+    """Least seconds without a step before the workers are restarted. The limit is 20 times the usual step if longer."""
     collective_timeout: float = 300
-    """Timeout of collective operations such as all-reduce, in seconds."""
+    """Timeout of collective operations such as all-reduce, in seconds. Waiting for the storage is allowed on top."""
 
     def __post_init__(self) -> None:
-        at_least("scaling", self, workers=1, threads=1, max_failures=0)
-        for name in ("cpus_per_worker", "data_cpus", "collective_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"scaling.{name} must be positive, got {getattr(self, name)}.")
+        at_least("scaling", self, threads=1, max_failures=0, collective_timeout=1, hang_timeout=1)
+        for name in ("cpus_per_worker", "data_cpus", "collective_timeout", "hang_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"scaling.{name} must be a positive number, got {getattr(self, name)}.")
+        for name in ("node_wait", "storage_patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"scaling.{name} must be at least 0, got {getattr(self, name)}.")
+        if isinstance(self.workers, str):
+            match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", self.workers)
+            if match is None:
+                raise ValueError(f"scaling.workers must be a number or a range such as 2:8, got {self.workers!r}.")
+            if match[2] is None:
+                object.__setattr__(self, "workers", int(match[1]))
+            elif int(match[1]) > int(match[2]):
+                raise ValueError(f"scaling.workers must be a range from less to more, got {self.workers}.")
+        if self.min_workers < 1:
+            raise ValueError(f"scaling.workers must be at least 1, got {self.workers}.")
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers to train with."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers to train with."""
+        return int(str(self.workers).rpartition(":")[2])
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients are added in an order that does not depend on the number of workers."""
+        return self.reduction == "exact" or (self.reduction == "auto" and self.device == "cpu")
 
     @property
     def per_worker(self) -> dict[str, float]:
@@ -109,9 +163,11 @@ class CheckpointConfig:
     """How often checkpoints are written, and how many are kept."""
 
     every: int = 500
-    """Steps between checkpoints. A failure loses at most this many."""
+    """Steps between checkpoints. A failure repeats at most this many, and those done while a checkpoint is written."""
     keep: int = 3
     """Number of newest checkpoints to keep. If the newest is damaged, the one before it is used."""
+    keep_best: bool = True
+    """Also keep the checkpoint of the best quick PQ. `evaluate.py --checkpoint RUN@best` uses it."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint", self, every=1, keep=1)
@@ -177,11 +233,37 @@ class TrainConfig:
 
     @property
     def batch_split(self) -> BatchSplit:
-        """How the global batch is split among workers and micro-batches.
+        """How the global batch is split among workers and micro-batches; with the most workers of a range.
 
         Raises:
             UserError: the global batch does not divide evenly among the workers.
         """
-        return BatchSplit(
-            global_batch=self.run.global_batch, micro_batch=self.run.micro_batch, workers=self.scaling.workers
-        )
+        return self.batch_splits[0]
+
+    @property
+    def batch_splits(self) -> list[BatchSplit]:
+        """The splits for every possible number of workers, the most workers first.
+
+        Raises:
+            UserError: no number of workers divides the global batch evenly.
+        """
+        run, scaling = self.run, self.scaling
+        if scaling.min_workers == scaling.max_workers:
+            return [_split(run, scaling.max_workers)]
+        one = _split(run, 1)
+        possible = [n for n in range(scaling.max_workers, scaling.min_workers - 1, -1) if one.accumulation % n == 0]
+        if not possible:
+            raise UserError(
+                f"No number of workers in --scaling.workers {scaling.workers} divides the {one.accumulation} "
+                f"micro-batches of the global batch of {run.global_batch}. Use a range with one of: "
+                f"{', '.join(str(n) for n in range(1, one.accumulation + 1) if one.accumulation % n == 0)}."
+            )
+        return [_split(run, workers) for workers in possible]
+
+    def with_workers(self, workers: int) -> "TrainConfig":
+        """Return the configuration for exactly this number of workers."""
+        return replace(self, scaling=replace(self.scaling, workers=workers))
+
+
+def _split(run: RunConfig, workers: int) -> BatchSplit:
+    return BatchSplit(global_batch=run.global_batch, micro_batch=run.micro_batch, workers=workers)

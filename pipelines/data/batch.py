@@ -31,6 +31,8 @@ class PanopticBatch:
     positions: tuple[int, ...]
     epochs: tuple[int, ...]
     image_ids: tuple[int, ...]
+    skipped: tuple[str, ...] = ()
+    """One sentence or two for each image that could not be used: which one and why, and which took its place."""
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "PanopticBatch":
@@ -56,6 +58,7 @@ class PanopticBatch:
             positions=tuple(row["position"] for row in rows),
             epochs=tuple(row["epoch"] for row in rows),
             image_ids=tuple(row["image_id"] for row in rows),
+            skipped=tuple(row["skipped"] for row in rows if row["skipped"] is not None),
         )
 
     def to(self, device: torch.device) -> "PanopticBatch":

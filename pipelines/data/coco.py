@@ -13,6 +13,8 @@ from maskformer.taxonomy import Taxonomy
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate, sha256
 
+_MAX_IMAGE_ID = 2**63 - 1  # packs have 64 bits for it, and random generators take no negative seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class CocoLayout:
@@ -179,6 +181,12 @@ def _parse(content: bytes, file: Location) -> dict[str, Any]:
 def _by_image(entries: list[Any], key: str, part: str, layout: CocoLayout) -> dict[int, dict[str, Any]]:
     where = f"{part} of {layout.annotations}"
     entry_of = {_value(entry, key, int, where): entry for entry in entries}
+    outside = [image_id for image_id in entry_of if not 0 <= image_id <= _MAX_IMAGE_ID]
+    if outside:
+        raise UserError(
+            f"The image id {outside[0]} in the {where} does not lie in 0..{_MAX_IMAGE_ID} ({len(outside)} such ids in "
+            f"total); renumber the images."
+        )
     if len(entry_of) < len(entries):
         repeated = [image_id for image_id, count in Counter(entry[key] for entry in entries).items() if count > 1]
         raise UserError(

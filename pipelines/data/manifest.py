@@ -152,7 +152,7 @@ def open_pack(uri: str) -> PackedSet:
     """Open a pack with all its images.
 
     Raises:
-        UserError: there is no complete pack, or it has no images.
+        UserError: there is no complete pack, or it has no images, or an image id is negative.
     """
     uri = absolute(uri)
     location = locate(uri)
@@ -160,6 +160,12 @@ def open_pack(uri: str) -> PackedSet:
     index = read_index(location, manifest)
     if not len(index):
         raise UserError(f"The pack {uri} has no images. Pack a data set that has some.")
+    first = int(index["image_id"].to_numpy().min())
+    if first < 0:  # of an older prepare_data.py
+        raise UserError(
+            f"The pack {uri} has the image id {first}, but ids must not be negative. Renumber the images and pack the "
+            f"data set again into another folder."
+        )
     return PackedSet(
         uri=uri,
         shards=tuple(str(location / shard.file) for shard in manifest.shards),

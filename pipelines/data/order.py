@@ -1,5 +1,7 @@
 """The order of samples: a pure function of (seed, position), independent of the number of workers and of timing.
 
+Seeds are integers from 0 to 2**64 - 1.
+
 The training sequence is infinite: one epoch after another, each a permutation of all N samples. Global step s
 uses its positions [s*G, (s+1)*G), so a batch may span two epochs and no sample is dropped or repeated. The
 positions of a step are split into micro-batches of fixed size, which are assigned to the workers in turn. The
@@ -36,6 +38,17 @@ def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     of_epoch = _mix(np.array([epoch], np.uint64) ^ of_run)
     keys = _mix(np.arange(num_samples, dtype=np.uint64) ^ of_epoch)
     return np.argsort(keys, kind="stable")
+
+
+def dropout_seed(seed: int, position: int, device_type: str = "cpu") -> int:
+    """Return the seed of PyTorch's generator for the micro-batch whose first sample has this position.
+
+    It is a hash of both, 64 bits for a GPU. PyTorch's CPU generator ignores all but the low 32 bits of a seed, so a CPU
+    gets 32 bits that depend on all of `seed` and `position`.
+    """
+    of_run = _mix(np.array([seed], np.uint64))
+    mixed = int(_mix(np.array([position], np.uint64) ^ of_run)[0])
+    return mixed >> 32 if device_type == "cpu" else mixed
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,9 @@ from maskformer.coco_format import decode_ids
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
+MAX_SEGMENTS = 2**16 - 1
+"""Segments that an index map can number."""
+
 
 def decode_image(content: bytes) -> npt.NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, 3] RGB; gray and CMYK become RGB.
@@ -53,6 +56,9 @@ def index_map(
 
     Returns:
         The index map, uint16 [H, W], and the class index of each number, int16 [N].
+
+    Raises:
+        ValueError: there are more segments to number than MAX_SEGMENTS.
     """
     values, run_of_value, runs = pixel_runs(ids)
     present = set(values.tolist())
@@ -67,6 +73,8 @@ def index_map(
         else:
             stuff.setdefault(class_index, []).append(segment["id"])
     targets = [(class_index, [identifier]) for class_index, identifier in things] + sorted(stuff.items())
+    if len(targets) > MAX_SEGMENTS:
+        raise ValueError(f"it has {len(targets)} segments, but an index map can number {MAX_SEGMENTS}")
 
     number_of = {identifier: number for number, (_, members) in enumerate(targets, 1) for identifier in members}
     numbers = np.array([number_of.get(value, 0) for value in values.tolist()], np.uint16)

@@ -51,7 +51,7 @@ INDEX = _schema(
 
 AUGMENTED = _schema(
     "augmented",
-    1,
+    2,
     [
         pa.field("position", pa.int64()),  # in the infinite order of samples
         pa.field("epoch", pa.int32()),
@@ -62,6 +62,7 @@ AUGMENTED = _schema(
         # height * width uint16, little-endian, row-major: 0 is void or crowd, k is the k-th segment
         pa.field("index_map", pa.large_binary()),
         pa.field("classes", pa.list_(pa.int16())),  # class index of each segment
+        pa.field("skipped", pa.string()),  # why another image than the order's is at this position; usually null
     ],
 )
 """One row is one training sample, to be padded and stacked."""

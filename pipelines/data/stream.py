@@ -1,21 +1,23 @@
 """The Ray Data pipelines: from packed shards to batches in a given order.
 
-Each rank builds a small table of its samples (position, epoch, image id, shard, row), in the order it needs them,
+Each rank builds a small table of its samples (position, epoch, image id, where it is), in the order it needs them,
 and maps it with one Ray Data operator: a task reads its rows from the shards, decodes and augments them, and returns
 an Arrow table. Blocks keep their order (`preserve_order`), so a rank gets exactly its samples, starting at any
 position, without communication with other ranks.
 """
 
+import itertools
 import logging
 import queue
-import re
 import threading
+import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +35,17 @@ from pipelines.data.batch import PanopticBatch
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
-from pipelines.errors import UserError
-from pipelines.storage import locate, sha256
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import locate, patience, retried, sha256
+
+_PATIENCE = 900.0
+"""Seconds that tasks wait for a storage that does not answer, unless told otherwise."""
+
+_OF_TASKS = {f"{kind.__module__}.{kind.__name__}": kind for kind in (UserError, StorageUnavailableError)}
+_PACK_AGAIN = "Delete the pack and run prepare_data.py again"
+
+_REPLACEMENTS, _REPLACEMENTS_PER_SHARD = 12, 4
+"""Images to try in place of one that cannot be read. A whole shard may be missing, hence the limit per shard."""
 
 _TASKS_PER_EXECUTION = 8
 """A run is a sequence of executions of this many tasks. Each starts when the batches of the one before are first used,
@@ -51,6 +62,8 @@ def training_batches(
     samples_per_task: int,
     cpus: float,
     prefetch: int,
+    damaged: Literal["stop", "skip"] = "stop",
+    patience: float = _PATIENCE,
 ) -> Generator[PanopticBatch]:
     """Yield the samples at `positions`, augmented, as micro-batches in that order.
 
@@ -60,18 +73,24 @@ def training_batches(
         samples_per_task: images per Ray Data task, rounded up to a multiple of `micro_batch`.
         cpus: CPUs that this rank's tasks may use at a time.
         prefetch: micro-batches to buffer in this process.
+        damaged: what to do about a packed row that cannot be used, even when read again: `stop` raises; `skip` yields
+            the next usable image of `samples` at its position, and the batch says so in `skipped`.
+        patience: seconds to wait for a storage that does not answer.
 
     Raises:
-        UserError: a packed row is damaged. It may be raised a few micro-batches early.
+        UserError: a packed row is damaged, or its shard is missing. It may be raised a few micro-batches early.
+        StorageUnavailableError: the storage did not answer for `patience` seconds.
     """
     samples_per_task = micro_batch * -(-samples_per_task // micro_batch)
-    operator = _LoadAndAugment(samples.shards, samples.taxonomy, seed, augmentation)
+    replacements = samples if damaged == "skip" else None
+    operator = _LoadAndAugment(samples.shards, samples.taxonomy, seed, augmentation, patience, replacements)
+    name = uuid.uuid4().hex
     # The first execution is a single task, so that training starts soon.
     starts = range(samples_per_task, len(positions), samples_per_task * _TASKS_PER_EXECUTION)
     parts = np.split(positions, starts)
 
     def execute(part: np.ndarray) -> list[Any]:
-        return blocks(_apply(operator, _sample_tables(samples, part, seed, samples_per_task), cpus), cpus)
+        return blocks(_apply(operator, _sample_tables(samples, part, seed, samples_per_task), cpus), cpus, name)
 
     def produce() -> Iterator[PanopticBatch]:
         with ThreadPoolExecutor(1, "next execution") as pool:
@@ -85,8 +104,11 @@ def training_batches(
     return _prefetched(produce, prefetch)
 
 
-def blocks(dataset: ray.data.Dataset, cpus: float) -> list[Any]:
+def blocks(dataset: ray.data.Dataset, cpus: float, name: str) -> list[Any]:
     """Execute `dataset` with at most `cpus` CPUs and return references to its Arrow tables, in order.
+
+    Ray keeps its gauges for each name that it ever saw, so executions that follow one another should share one, and
+    executions at the same time must not.
 
     Slow consumers should use this instead of Ray Data's iterators: while such an iterator waits for its consumer, its
     executor polls continuously, which costs a trainer half a core.
@@ -95,8 +117,11 @@ def blocks(dataset: ray.data.Dataset, cpus: float) -> list[Any]:
     options.preserve_order = True
     # Every rank runs its own executors, each of which would otherwise use the whole cluster.
     options.resource_limits = options.resource_limits.copy(cpu=cpus)
+    # Ray makes a new name for each dataset, and Dataset.materialize for each call. Measured, that took 1.2 MB of memory
+    # of Ray's processes and this one per execution; with the same name it is less than 0.1 MB.
+    dataset._set_uuid(name)
     with original_errors():
-        return list(dataset.materialize().to_arrow_refs())
+        return list(dataset.to_arrow_refs())
 
 
 def _slices(tables: list[Any], rows: int) -> Iterator[pa.Table]:
@@ -111,7 +136,13 @@ def _slices(tables: list[Any], rows: int) -> Iterator[pa.Table]:
 
 
 def resized_images(
-    samples: PackedSet, *, short_side: int, long_side: int, samples_per_task: int, cpus: float
+    samples: PackedSet,
+    *,
+    short_side: int,
+    long_side: int,
+    samples_per_task: int,
+    cpus: float,
+    patience: float = _PATIENCE,
 ) -> ray.data.Dataset:
     """Return a dataset of the RESIZED schema: every image of `samples` once, resized for inference.
 
@@ -122,29 +153,32 @@ def resized_images(
         long_side: upper limit in pixels of the long side.
         samples_per_task: images per Ray Data task.
         cpus: CPUs of each task, at most 1.
+        patience: seconds to wait for a storage that does not answer.
     """
-    operator = _LoadAndResize(samples.shards, short_side, long_side)
+    operator = _LoadAndResize(samples.shards, short_side, long_side, patience)
     table = _rows_to_read(samples.image_ids, samples.shard, samples.row)
     return _apply(operator, _split(table, samples_per_task), cpus)
 
 
 @contextmanager
 def original_errors() -> Iterator[None]:
-    """Raise a UserError of a Ray Data task as a UserError, not as Ray's exception."""
+    """Raise a UserError or StorageUnavailableError of a Ray Data task as such, not as Ray's exception."""
     try:
         yield
     except UserCodeException as error:
-        # Of an exception in a task, Ray passes only the traceback as text.
-        message = re.search(rf"^{UserError.__module__}\.{UserError.__name__}: (.+)$", str(error), re.MULTILINE)
-        if message is None:
-            raise
-        raise UserError(message[1]) from error
+        # Of an exception in a task, Ray passes only the traceback as text; the causes of an exception are above it.
+        for line in reversed(str(error).splitlines()):
+            name, _, message = line.partition(": ")
+            if name in _OF_TASKS:
+                raise _OF_TASKS[name](message) from error
+        raise
 
 
 def _sample_tables(samples: PackedSet, positions: np.ndarray, seed: int, samples_per_task: int) -> list[pa.Table]:
     epochs, indices = order.samples_at(positions, len(samples), seed)
     table = _rows_to_read(samples.image_ids[indices], samples.shard[indices], samples.row[indices])
-    table = table.append_column("position", pa.array(positions)).append_column("epoch", pa.array(epochs, pa.int32()))
+    for name, values in (("position", positions), ("epoch", epochs), ("index", indices)):
+        table = table.append_column(name, pa.array(values))
     return _split(table, samples_per_task)
 
 
@@ -174,25 +208,71 @@ class _LoadAndAugment:
     taxonomy: Taxonomy
     seed: int
     config: AugmentConfig
+    patience: float
+    replacements: PackedSet | None = None
+    """The set that the table's indices refer to, whose images may replace one that cannot be used; None: it may not be
+    replaced."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._sample(entry) for entry in table.to_pylist()], schema=AUGMENTED)
+        with patience(self.patience):
+            return pa.Table.from_pylist([self._augmented(entry) for entry in table.to_pylist()], schema=AUGMENTED)
 
-    def _sample(self, entry: dict) -> dict:
-        packed = _read_row(self.shards[entry["shard"]], entry["row"], entry["image_id"])
-        indices, classes = index_map(decode_panoptic(packed["panoptic"]), packed["segments"], self.taxonomy)
-        sample = Sample(decode_image(packed["image"]), indices, classes)
-        sample = augment(sample, sample_rng(self.seed, entry["epoch"], entry["image_id"]), self.config)
+    def _augmented(self, entry: dict) -> dict:
+        image_id, skipped = entry["image_id"], None
+        try:
+            sample = self._load(image_id, entry["shard"], entry["row"])
+        except _UnusableRowError as error:
+            if self.replacements is None:
+                hint = f"{_PACK_AGAIN}, or use --data.damaged skip to train on other images in its place."
+                raise UserError(f"{error}. {hint}") from error
+            image_id, sample = self._replacement(self.replacements, entry["index"], error)
+            skipped = f"{error}. Image {image_id} took its place."
+        sample = augment(sample, sample_rng(self.seed, entry["epoch"], image_id), self.config)
         return {
             "position": entry["position"],
             "epoch": entry["epoch"],
-            "image_id": entry["image_id"],
+            "image_id": image_id,
             "height": sample.image.shape[0],
             "width": sample.image.shape[1],
             "image": sample.image.tobytes(),
             "index_map": sample.index_map.astype("<u2").tobytes(),
             "classes": sample.classes.tolist(),
+            "skipped": skipped,
         }
+
+    def _load(self, image_id: int, shard: int, row: int) -> Sample:
+        packed = _read_row(self.shards[shard], row, image_id)
+        try:
+            indices, classes = index_map(decode_panoptic(packed["panoptic"]), packed["segments"], self.taxonomy)
+            return Sample(decode_image(packed["image"]), indices, classes)
+        except ValueError as error:
+            raise _unusable(self.shards[shard], row, image_id, error) from error
+
+    def _replacement(self, samples: PackedSet, index: int, error: "_UnusableRowError") -> tuple[int, Sample]:
+        """Return the next image that can be used, with its id."""
+        tried = _following(samples.shard, index)
+        for other in tried:
+            image_id = int(samples.image_ids[other])
+            try:
+                return image_id, self._load(image_id, int(samples.shard[other]), int(samples.row[other]))
+            except _UnusableRowError:
+                continue
+        raise UserError(
+            f"{error}. Nor can {len(tried)} images after it be used in its place. {_PACK_AGAIN}."
+        ) from error
+
+
+def _following(shard: np.ndarray, index: int) -> list[int]:
+    """Return the indices, after `index` and then from 0 on, of the images to try in its place."""
+    found: list[int] = []
+    of_shard: Counter[int] = Counter()
+    for other in itertools.chain(range(index + 1, len(shard)), range(index)):
+        of_shard[shard[other]] += 1
+        if of_shard[shard[other]] <= _REPLACEMENTS_PER_SHARD:
+            found.append(other)
+        if len(found) == _REPLACEMENTS:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -202,12 +282,17 @@ class _LoadAndResize:
     shards: tuple[str, ...]
     short_side: int
     long_side: int
+    patience: float
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._image(entry) for entry in table.to_pylist()], schema=RESIZED)
+        with patience(self.patience):
+            return pa.Table.from_pylist([self._image(entry) for entry in table.to_pylist()], schema=RESIZED)
 
     def _image(self, entry: dict) -> dict:
-        packed = _read_row(self.shards[entry["shard"]], entry["row"], entry["image_id"])
+        try:
+            packed = _read_row(self.shards[entry["shard"]], entry["row"], entry["image_id"])
+        except _UnusableRowError as error:
+            raise UserError(f"{error}. {_PACK_AGAIN}.") from error
         shape = resized_shape(packed["height"], packed["width"], self.short_side, self.long_side)
         image = resize_image(decode_image(packed["image"]), shape)
         return {
@@ -231,16 +316,53 @@ def _open_shard(uri: str) -> pq.ParquetFile:
     return shard
 
 
+class _UnusableRowError(Exception):
+    """A packed row that is missing, damaged or not usable. The message is a sentence without its full stop."""
+
+
+def _unusable(shard: str, row: int, image_id: int, reason: object) -> _UnusableRowError:
+    text = " ".join(str(reason).split()).rstrip(".")
+    return _UnusableRowError(f"Row {row} of {shard}, image {image_id}, cannot be used: {text}")
+
+
 def _read_row(shard: str, row: int, image_id: int) -> dict:
-    """Read one image's row group and check its id and its hash."""
+    """Read one image's row group, for as long as the storage's patience allows, and check its id and its hash.
+
+    Raises:
+        _UnusableRowError: the row is missing or damaged, also in the shard opened anew.
+        StorageUnavailableError: the storage does not answer.
+        UserError: the storage refuses.
+    """
     try:
-        packed = _open_shard(shard).read_row_group(row).to_pylist()[0]
-    except (OSError, pa.ArrowException, UserError) as error:  # perhaps the network, so it may be retried
-        raise OSError(f"Cannot read image {image_id}, row {row} of {shard}: {error}") from error
+        return _read_and_check(shard, row, image_id)
+    except (_UnusableRowError, UserError):
+        _open_shard.cache_clear()  # the file that is open may have been replaced or deleted
+        return _read_and_check(shard, row, image_id)
+
+
+def _read_and_check(shard: str, row: int, image_id: int) -> dict:
+    def read() -> dict:
+        try:
+            return _open_shard(shard).read_row_group(row).to_pylist()[0]
+        except OSError:
+            _open_shard.cache_clear()  # a remote file that failed once may fail forever
+            raise
+
+    try:
+        packed = retried("read", locate(shard), read)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise _unusable(shard, row, image_id, "the file does not exist") from error
+    except OSError as error:
+        if error.errno is not None:  # of this machine, such as too many open files, so another attempt may succeed
+            raise OSError(error.errno, f"Cannot read image {image_id}, row {row} of {shard}: {error}") from error
+        raise _unusable(shard, row, image_id, error) from error
+    except (pa.ArrowException, ValueError, IndexError) as error:
+        raise _unusable(shard, row, image_id, error) from error
     if packed["image_id"] != image_id or sha256(packed["image"] + packed["panoptic"]) != packed["sha256"]:
-        raise UserError(
-            f"Row {row} of {shard} is damaged: its bytes are not those of image {image_id} as packed. "
-            f"Delete the pack and run prepare_data.py again."
+        raise _UnusableRowError(
+            f"Row {row} of {shard} is damaged: its bytes are not those of image {image_id} as packed"
         )
     return packed
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import CocoDataset, CocoLayout, Record
-from pipelines.data.pixels import decode_image, decode_panoptic, pixel_runs
+from pipelines.data.pixels import MAX_SEGMENTS, decode_image, decode_panoptic, pixel_runs
 from pipelines.progress import progress
 
 _MAX_ID = 256**3 - 1
@@ -78,11 +78,25 @@ def _check_listed(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> lis
         if count > 1:
             message = f"the JSON lists the segment {count} times; give each segment a unique id."
             faults.append(error(code="segment-id-repeated", message=message))
+    numbered = _count_numbered(taxonomy, record)
+    if numbered > MAX_SEGMENTS:
+        message = (
+            f"the image has {numbered} segments to train on, but an index map can number {MAX_SEGMENTS}; merge some, "
+            f"or cut the image into parts."
+        )
+        faults.append(at(code="segments-too-many", severity="error", message=message))
     for segment in record.segments:
         if segment["iscrowd"] and not taxonomy.is_thing(taxonomy.class_index(segment["category_id"])):
             message = "a stuff segment is marked as a crowd, so it is not trained on; set iscrowd to 0 if it should be."
             faults.append(at(code="crowd-stuff", severity="warning", segment_id=segment["id"], message=message))
     return faults
+
+
+def _count_numbered(taxonomy: Taxonomy, record: Record) -> int:
+    """Count what `index_map` numbers: each thing, and each class of stuff."""
+    classes = [taxonomy.class_index(segment["category_id"]) for segment in record.segments if not segment["iscrowd"]]
+    things = sum(map(taxonomy.is_thing, classes))
+    return things + len({class_index for class_index in classes if not taxonomy.is_thing(class_index)})
 
 
 def _check_png(layout: CocoLayout, record: Record) -> list[Fault]:

@@ -60,7 +60,8 @@ def evaluate(
     """Segment every image of a pack exactly once, at its original size, and compute PQ.
 
     Args:
-        checkpoint: a run's folder, one of its checkpoints, a checkpoint of another program, or a model in memory.
+        checkpoint: path or URI of a run's folder (for its best checkpoint with `@best` at the end), one of its
+            checkpoints, or a checkpoint of another program; or a model in memory.
             The thresholds and the image size are those of its configuration.
         data: path or URI of the pack, or the opened pack.
         output: folder for the predictions; an earlier evaluation in it is replaced.

@@ -1,5 +1,6 @@
 """Quick PQ: the PQ of a fixed subset of the validation images, computed by the training workers between two steps."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,42 +8,62 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch.distributed as dist
+from ray.exceptions import RayError
 
 from maskformer import MaskFormer, PanopticQuality, Segmenter
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import PackedSet
 from pipelines.data.schema import RESIZED, require
 from pipelines.data.stream import blocks, resized_images
+from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.evaluation.predict import score_row
 
+logger = logging.getLogger(__name__)
 
-def quick_pq(model: MaskFormer, config: TrainConfig, samples: PackedSet, rank: int, workers: int) -> dict[str, float]:
+
+def quick_pq(
+    network: MaskFormer, config: TrainConfig, samples: PackedSet, rank: int, workers: int
+) -> dict[str, float] | None:
     """Return the PQ of all classes, of things and of stuff, in fractions 0..1, the same on all ranks.
 
-    It draws no random numbers and returns the model in training mode, so training continues as if it had not been
+    It draws no random numbers and returns the network in training mode, so training continues as if it had not been
     called. All ranks must call it.
 
     Args:
+        network: the network without DDP.
         samples: the validation images; `config.evaluation.images` of them are evaluated.
         rank: rank of this worker.
         workers: number of workers.
+
+    Returns:
+        The metrics, or None if any rank could not read its images; rank 0 logs a warning that says why.
     """
     size = config.evaluation
     samples = samples.subset(size.images)
     mine = samples.take(np.arange(rank, len(samples), workers))
-    segment = Segmenter(model, samples.taxonomy, config.panoptic, short_side=size.short_side, long_side=size.long_side)
-    quality = PanopticQuality(samples.taxonomy)
+    segment = Segmenter(
+        network, samples.taxonomy, config.panoptic, short_side=size.short_side, long_side=size.long_side
+    )
+    part: PanopticQuality | str
+    quality = part = PanopticQuality(samples.taxonomy)
     try:
-        for table in _tables(mine, config):
+        for table in _tables(mine, config, rank, workers):
             for row in table.to_pylist():
                 quality.merge(score_row(segment, row)[2])
+    except (UserError, StorageUnavailableError, RayError) as error:
+        part = f"worker {rank}: {' '.join(str(error).split())[:500]}"  # the others wait for this rank
     finally:
-        model.train()
+        network.train()
     parts: list[Any] = [None] * workers
-    dist.all_gather_object(parts, quality)
+    dist.all_gather_object(parts, part)
+    failures = [other for other in parts if isinstance(other, str)]
+    if failures:
+        if rank == 0:
+            logger.warning("The quick PQ is left out, training goes on. %s", failures[0])
+        return None
     total = PanopticQuality(samples.taxonomy)
-    for part in parts:
-        total.merge(part)
+    for other in parts:
+        total.merge(other)
     result = total.result()
     return {
         "quick_pq/all": result.pq,
@@ -52,18 +73,19 @@ def quick_pq(model: MaskFormer, config: TrainConfig, samples: PackedSet, rank: i
     }
 
 
-def _tables(samples: PackedSet, config: TrainConfig) -> Iterator[pa.Table]:
+def _tables(samples: PackedSet, config: TrainConfig, rank: int, workers: int) -> Iterator[pa.Table]:
     if not len(samples):
         return
-    size, scaling = config.evaluation, config.scaling
+    size, cpus = config.evaluation, config.scaling.data_cpus / workers
     images = resized_images(
         samples,
         short_side=size.short_side,
         long_side=size.long_side,
         samples_per_task=config.data.samples_per_task,
-        cpus=scaling.data_cpus / scaling.workers,
+        cpus=cpus,
+        patience=config.scaling.storage_patience,
     )
-    for block in blocks(images, scaling.data_cpus / scaling.workers):
+    for block in blocks(images, cpus, f"quick-pq-{ray.get_runtime_context().get_worker_id()}-{rank}"):
         table = ray.get(block)
         require(table, RESIZED, "A batch of the quick evaluation")
         yield table

@@ -32,7 +32,7 @@ def planned_capacity(hardware: Hardware, scaling: ScalingConfig) -> Capacity:
     nodes = hardware.nodes
     if nodes is None:
         per_node = hardware.gpus_per_node if scaling.device == "cuda" else 0
-        nodes = math.ceil(scaling.workers / per_node) if per_node else 1
+        nodes = math.ceil(scaling.max_workers / per_node) if per_node else 1
     return Capacity.of([{"CPU": hardware.cpus_per_node, "GPU": hardware.gpus_per_node}] * nodes)
 
 
@@ -155,7 +155,7 @@ def make_plan(
     compute = Range(per_worker * operations / (best * 1e12), per_worker * operations / (worst * 1e12))
     # Ring all-reduce: each worker sends 2 (n - 1) / n of the gradients, in float32 with or without autocast. Only
     # communication between nodes is slow enough to matter.
-    network_bytes = 2 * (scaling.workers - 1) / scaling.workers * state.gradients
+    network_bytes = 2 * (scaling.max_workers - 1) / scaling.max_workers * state.gradients
     network_seconds = network_bytes / (hardware.network * GB) if capacity.num_nodes > 1 else 0.0
     # Best case: communication overlaps the backward pass. Worst case: it follows it.
     busy = Range(max(compute.best, network_seconds), compute.worst + network_seconds)
@@ -203,8 +203,8 @@ def _with_warnings(plan: Plan) -> Plan:
     config, hardware, gpus = plan.config, plan.hardware, plan.capacity.total("GPU")
     scaling, warnings = config.scaling, []
     if scaling.device == "cuda":
-        if gpus > scaling.workers:
-            warnings.append(f"{gpus - scaling.workers:g} of {gpus:g} GPUs are paid for and idle.")
+        if gpus > scaling.max_workers:
+            warnings.append(f"{gpus - scaling.max_workers:g} of {gpus:g} GPUs are paid for and idle.")
         _, percentile, most = (figure / GB for figure in plan.memory)
         if most > hardware.gpu_memory:
             warnings.append(

@@ -54,7 +54,7 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
         hardware: the cluster; its `tflops` are those of one GPU.
         overheads: measured overheads with the names and units of OVERHEADS.
     """
-    n, quick, every = config.scaling.workers, config.evaluation, config.checkpoint.every
+    n, quick, every = config.scaling.max_workers, config.evaluation, config.checkpoint.every
     loop, agree, report, start, task = (overheads[key] / 1000 for key in ("loop", "agree", "report", "start", "task"))
     typical, areas = image_sizes(config.data.augment)[1], drawn_areas(config.data.augment)
     average, largest = mean(areas) / math.prod(typical), expected_largest(areas, n) / math.prod(typical)

@@ -43,14 +43,14 @@ def place(config: TrainConfig, nodes: Sequence[Node]) -> Placement:
     bundle = scaling.per_worker
     with simulated(nodes, {}):
         # The request of Ray Train: one bundle per worker, with its default strategy.
-        group = placement_group([bundle] * scaling.workers, strategy="PACK")
+        group = placement_group([bundle] * scaling.max_workers, strategy="PACK")
         if not group.wait(_PLACEMENT_SECONDS):
             raise RunFailedError(
-                f"Ray could not place {scaling.workers} workers of {bundle} on {len(nodes)} nodes within "
+                f"Ray could not place {scaling.max_workers} workers of {bundle} on {len(nodes)} nodes within "
                 f"{_PLACEMENT_SECONDS} s. Use larger nodes, or more of them."
             )
         workers = bundles_per_node()
-        left = ray.cluster_resources()["CPU"] - scaling.workers * bundle["CPU"]
+        left = ray.cluster_resources()["CPU"] - scaling.max_workers * bundle["CPU"]
         remove_placement_group(group)
     expected = Capacity.of({"CPU": node.cpus, "GPU": node.gpus} for node in nodes).placement(Demand.of(scaling))
     if workers != expected:

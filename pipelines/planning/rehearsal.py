@@ -97,7 +97,9 @@ def rehearse(config: TrainConfig, nodes: Sequence[Node]) -> Rehearsal:
         raise RuntimeError("A rehearsal starts its own clusters, but this process has already joined one.")
     begun = time.monotonic()
     placement = place(config, nodes)
-    logger.info("All %d workers are placed: %s by node.", config.scaling.workers, counts_per_node(placement.workers))
+    logger.info(
+        "All %d workers are placed: %s by node.", config.scaling.max_workers, counts_per_node(placement.workers)
+    )
     environment = {
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS),
@@ -105,13 +107,13 @@ def rehearse(config: TrainConfig, nodes: Sequence[Node]) -> Rehearsal:
     }
     with simulated([], environment) as cluster:
         small = rehearsed(config, cluster.folder)
-        per_node = ceil(small.scaling.workers / 2)
+        per_node = ceil(small.scaling.max_workers / 2)
         node = Node(int(per_node * small.scaling.cpus_per_worker))
         data_cpus = int(small.scaling.data_cpus)
         cluster.add(Node(data_cpus))
         if data_cpus > FREE_DATA_CPUS:
             cluster.occupy(data_cpus - FREE_DATA_CPUS)
-        handles = [cluster.add(node) for _ in range(ceil(small.scaling.workers / per_node))]
+        handles = [cluster.add(node) for _ in range(ceil(small.scaling.max_workers / per_node))]
         draw_and_pack(cluster.folder, SyntheticConfig(split="train", num_images=_IMAGES, max_side=64))
         with _Driver(prepare_run(small)) as driver:
             facts = _lose_a_node(driver, cluster, handles[-1], node)
@@ -131,7 +133,7 @@ def rehearse(config: TrainConfig, nodes: Sequence[Node]) -> Rehearsal:
 def rehearsed_workers(config: TrainConfig) -> int:
     """Return the largest number of workers, up to WORKERS and the recipe's, that divides its global batch evenly."""
     micro_batches = config.run.global_batch // config.run.micro_batch
-    return max(n for n in range(1, min(WORKERS, config.scaling.workers) + 1) if micro_batches % n == 0)
+    return max(n for n in range(1, min(WORKERS, config.scaling.max_workers) + 1) if micro_batches % n == 0)
 
 
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -193,14 +195,14 @@ def report(result: Rehearsal) -> str:
     recipe, config = result.recipe, result.config
     asked, scaling = recipe.scaling, config.scaling
     replaced = ["the demo's model", "synthetic images and their sizes", f"{FREE_DATA_CPUS} data task at a time"]
-    if scaling.workers != asked.workers:
-        replaced.insert(0, f"{scaling.workers} of {asked.workers} workers")
+    if scaling.max_workers != asked.max_workers:
+        replaced.insert(0, f"{scaling.max_workers} of {asked.max_workers} workers")
     if scaling.device != asked.device:
         replaced.append(f"{scaling.device} instead of {asked.device}")
     if scaling.cpus_per_worker != asked.cpus_per_worker:
         replaced.append(f"{scaling.cpus_per_worker:g} CPUs per worker")
     rows = {
-        "placement": f"{asked.workers} workers, {counts_per_node(result.placement.workers)} by node; "
+        "placement": f"{asked.max_workers} workers, {counts_per_node(result.placement.workers)} by node; "
         f"{result.placement.data_cpus:g} CPUs left for data tasks, {asked.data_cpus:g} needed; "
         f"{result.placement.seconds:.0f} s",
         "run": f"{config.batch_split} accumulated, {counts_per_node(result.before)} by node, {config.run.steps} steps",
@@ -277,7 +279,7 @@ class _Driver:
 
     def done(self, step: int, times: int = 1) -> bool:
         """Return whether all workers have completed a step, counted from 0, at least `times` times."""
-        return sum(line["step"] == step for line in self.samples()) >= times * self.config.scaling.workers
+        return sum(line["step"] == step for line in self.samples()) >= times * self.config.scaling.max_workers
 
     def starts(self) -> list[dict[str, Any]]:
         """Return the `start` events in the run's ledger, one per attempt."""

@@ -24,14 +24,22 @@ from pipelines.config.overrides import with_overrides
 from pipelines.config.serialize import to_dict
 from pipelines.config.sweep import SweepConfig
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RunFailedError, UserError
+from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 from pipelines.sweep import report, search_space
-from pipelines.sweep.preflight import earlier_run_id, prepare_trials, require_metric, sweep_record, trials_at_once
+from pipelines.sweep.preflight import (
+    earlier_run_id,
+    prepare_trials,
+    require_fixed_workers,
+    require_metric,
+    sweep_record,
+    trials_at_once,
+)
 from pipelines.sweep.report import TrialRecord
 from pipelines.sweep.scheduler import SuccessiveHalving
 from pipelines.sweep.trainable import StopRequests, TrainingTrial
 from pipelines.sweep.trials import Recorder, TrialStore
 from pipelines.tracking.runs import TrackedRun
+from pipelines.training.lock import locked
 from pipelines.training.monitor import StopSignals
 from pipelines.training.preflight import PreparedRun, check_locations, prepare_run
 
@@ -65,6 +73,7 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
     axes = search_space.parse(config.space, base)
     name = base.run.name or f"sweep-{base.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     prepared = prepare_run(replace(base, run=replace(base.run, name=name)))
+    require_fixed_workers(prepared)
     require_metric(prepared, config)
     record = sweep_record(prepared, config)
     earlier_id = earlier_run_id(prepared.folder, record)
@@ -77,7 +86,7 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
     mlflow_run = TrackedRun(prepared.config.tracking.uri, earlier_id)
     if store.open:
         check_locations(prepared.config)
-        with session():
+        with locked(prepared.folder, "sweep"), session():
             at_once = min(trials_at_once(prepared.config, config.concurrency), len(store.open))
             mlflow_run = _start(prepared, record, store)
             logger.info(
@@ -89,11 +98,11 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
                 runs = {key: _child_of(mlflow_run, run) for key, run in runs.items()}
                 _run(runs, store, config, at_once)
             except BaseException as error:
-                mlflow_run.close("KILLED", {"cause": type(error).__name__})
+                mlflow_run.close("KILLED", {"cause": type(error).__name__}, store.folder)
                 raise
     store.prune(config.keep_gigabytes)
     if store.open:
-        mlflow_run.close("KILLED", {"status": "stopped"})
+        mlflow_run.close("KILLED", {"status": "stopped"}, store.folder)
         best = None
     else:
         best = conclude(prepared.config, store, mlflow_run)
@@ -127,7 +136,13 @@ def _catch_up(tracking_uri: str, store: TrialStore) -> None:
             run_id = json.loads(file.read_text())["mlflow_run_id"] if file.exists() else ""
             for step, pq in TrackedRun(tracking_uri, run_id).history("quick_pq/all") if run_id else ():
                 store.add_result(trial.name, step, pq)
-        except (UserError, ValueError, KeyError, TypeError) as error:  # the trial itself will report the cause
+        except (
+            UserError,
+            StorageUnavailableError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # the trial itself will report the cause
             logger.warning("Earlier results of %s may be missing. %s", trial.name, error)
 
 
@@ -209,7 +224,7 @@ def conclude(base: TrainConfig, store: TrialStore, mlflow_run: TrackedRun) -> Tr
     best = report.ranking(store.records)[0]
     if best.status == "failed" or math.isnan(best.last[1]):
         cause = best.cause or "it reported no quick PQ"
-        mlflow_run.close("FAILED", {"cause": cause[:5000]})
+        mlflow_run.close("FAILED", {"cause": cause[:5000]}, store.folder)
         raise RunFailedError(
             f"No trial of the sweep {base.run.name} has a result. {best.name}: {cause.rstrip('.')}. Correct the cause "
             f"and repeat the command: failed trials are tried again."
@@ -230,5 +245,5 @@ def conclude(base: TrainConfig, store: TrialStore, mlflow_run: TrackedRun) -> Tr
         (store.folder / file).write_bytes(content)
     mlflow_run.log_files(files)
     tags = {"best": best.name, **{name: str(value) for name, value in best.values.items()}}
-    mlflow_run.close("FINISHED", tags)
+    mlflow_run.close("FINISHED", tags, store.folder)
     return best

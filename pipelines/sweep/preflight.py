@@ -14,6 +14,7 @@ from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
 from pipelines.storage import Location
 from pipelines.sweep.trials import TrialStore
+from pipelines.training.lock import LOCK_FILE
 from pipelines.training.preflight import PreparedRun, check_cluster, check_weights, prepare_run
 
 
@@ -30,6 +31,20 @@ def sweep_record(prepared: PreparedRun, config: SweepConfig) -> dict[str, Any]:
         },
         "data_hash": prepared.train.data_hash,
     }
+
+
+def require_fixed_workers(prepared: PreparedRun) -> None:
+    """Refuse a range of workers.
+
+    Raises:
+        UserError: the number of workers is a range.
+    """
+    scaling = prepared.config.scaling
+    if scaling.min_workers != scaling.max_workers:
+        raise UserError(
+            f"The trials of a sweep share the cluster, so each needs a fixed number of workers, got --scaling.workers "
+            f"{scaling.workers}. Use --scaling.workers {prepared.config.batch_split.workers}."
+        )
 
 
 def require_metric(prepared: PreparedRun, config: SweepConfig) -> None:
@@ -63,7 +78,7 @@ def earlier_run_id(folder: Location, record: dict[str, Any]) -> str:
     """
     file = folder / "sweep.json"
     if not file.exists():
-        if folder.names():
+        if set(folder.names()) - {LOCK_FILE}:
             raise UserError(f"{folder} is not empty and holds no sweep. Choose another --run.name.")
         return ""
     try:

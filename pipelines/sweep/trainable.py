@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from pipelines.errors import RunFailedError, UserError
+from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 from pipelines.training import PreparedRun, TrainCallbacks, fit
 
 _POLL_SECONDS = 1.0
@@ -76,7 +76,7 @@ class TrainingTrial(tune.Trainable):
             end = {"status": status, "cause": ""}
         except KeyboardInterrupt:  # stopped before there was anything to save
             end = {"status": "stopped", "cause": ""}
-        except (UserError, RunFailedError) as error:
+        except (UserError, RunFailedError, StorageUnavailableError) as error:
             end = {"status": "failed", "cause": str(error)}
         except BaseException as error:  # no other thread would see it
             end = {"status": "failed", "cause": f"{type(error).__name__}: {error}"}

@@ -9,13 +9,16 @@ from typing import Any
 
 from ray import tune
 
-from pipelines.errors import UserError
-from pipelines.storage import Location
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import Location, patience
 from pipelines.sweep import report
 from pipelines.sweep.report import TrialRecord
 from pipelines.sweep.trainable import StopRequests
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = 10.0
+"""Seconds that housekeeping waits for the storage."""
 
 _ENDED = ("finished", "stopped early", "failed")
 
@@ -79,8 +82,9 @@ class TrialStore:
         """Write trials.json. If that fails, the sweep continues; the next change writes the complete file again."""
         text = json.dumps([dataclasses.asdict(trial) for trial in self.records], indent=1)
         try:
-            self._file.write_text(text)
-        except (UserError, OSError) as error:
+            with patience(_PATIENCE):
+                self._file.write_text(text)
+        except (UserError, StorageUnavailableError, OSError) as error:
             logger.warning("trials.json is not up to date. %s", error)
 
     def prune(self, gigabytes: float) -> None:
@@ -93,13 +97,14 @@ class TrialStore:
         for rank, trial in enumerate(ended):
             checkpoints = self.folder / trial.name / "checkpoints"
             try:
-                size = checkpoints.size()
-                if rank == 0 or kept + size <= gigabytes * 1e9:
-                    kept += size
-                elif size:
-                    logger.info("Deleting the checkpoints of %s, %.2f GB.", trial.name, size / 1e9)
-                    checkpoints.delete()
-            except (UserError, OSError) as error:  # the sweep can continue
+                with patience(_PATIENCE):
+                    size = checkpoints.size()
+                    if rank == 0 or kept + size <= gigabytes * 1e9:
+                        kept += size
+                    elif size:
+                        logger.info("Deleting the checkpoints of %s, %.2f GB.", trial.name, size / 1e9)
+                        checkpoints.delete()
+            except (UserError, StorageUnavailableError, OSError) as error:  # the sweep can continue
                 logger.warning("The checkpoints of %s were not deleted. %s", trial.name, error)
 
 

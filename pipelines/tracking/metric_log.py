@@ -1,60 +1,218 @@
-"""Sends metrics to MLflow in a thread. A slow or absent server may lose metrics, but never delays training."""
+"""Sends metrics to MLflow in a thread, which keeps them while MLflow is away. Training never waits for it."""
 
-import contextlib
 import logging
-import queue
+import os
+import random
 import threading
 import time
+from contextlib import suppress
 
 from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import Location, patience
 from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.unsent import (
+    POINTS_PER_CALL,
+    Sender,
+    Unsent,
+    next_number,
+    one_line,
+    read_points,
+    write_points,
+)
 
 logger = logging.getLogger(__name__)
 
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
+_WRITE_EVERY = 10.0  # seconds; what a kill during an outage can lose
+_STORAGE_ERRORS = (UserError, StorageUnavailableError, OSError)
+_jitter = random.SystemRandom()  # leaves the generators of the training alone
+
 
 class MetricLog:
-    """Logs metrics by step without blocking; steps that the run has already logged are skipped.
+    """Logs metrics by step; points that the run already has are skipped.
 
     A run that resumes from a checkpoint repeats some steps, with the same result.
+
+    While MLflow does not answer, the points stay in memory and are written to the run's folder every 10 seconds.
+    Above half of `capacity` they are only there. What an earlier attempt left there is sent first.
+
+    In the process of a MetricLog, MLflow's client does not retry: MLflow reads how often and how long to try from
+    environment variables, at each request. $MLFLOW_HTTP_REQUEST_TIMEOUT is respected if it is set.
     """
 
-    def __init__(self, run: TrackedRun, capacity: int = 10_000) -> None:
-        self._client, self._run_id = MlflowClient(run.uri), run.run_id
-        self._queue: queue.Queue[list[Metric] | None] = queue.Queue(capacity)
+    def __init__(self, run: TrackedRun, folder: Location, capacity: int = 10_000) -> None:
+        """Start the thread.
+
+        Args:
+            run: the MLflow run.
+            folder: the training run's folder.
+            capacity: number of points held in memory at most.
+        """
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        self._run, self._capacity = run, capacity
+        self._sender, self._unsent = Sender(run.uri, run.run_id), Unsent(folder)
+        self._changed = threading.Condition()  # guards the next three
+        self._points: list[Metric] = []
+        self._deadline: float | None = None
+        self._loses = False
+        # The rest belongs to the thread.
+        self._pieces: list[Location] | None = None  # files that are complete; None: the folder was not listed yet
+        self._number = 0  # of the next file, which holds the first `_num_written` of the points
+        self._num_written = 0
+        self._storage_fails = False
+        self._num_kept = 0  # points sent since an outage began
+        self._wait = 0.0  # seconds until the next try; 0: there is no outage
+        self._rejected = False
         self._thread = threading.Thread(target=self._work, name="metric log", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Queue the metrics of a step; if the queue is full, warn and drop them."""
+        """Queue the metrics of a step. If neither MLflow nor the run's folder accepts any more, warn and drop them."""
         now = get_current_time_millis()
-        try:
-            self._queue.put_nowait([Metric(key, value, now, step) for key, value in metrics.items()])
-        except queue.Full:
-            logger.warning("MLflow is too slow: the metrics of step %d are lost.", step)
+        points = [Metric(key, value, now, step) for key, value in metrics.items()]
+        with self._changed:
+            lost = len(self._points) + len(points) > self._capacity
+            first = lost and not self._loses
+            if lost:
+                self._loses = True
+            else:
+                self._points += points
+            # Otherwise the thread has work, or waits for MLflow, and waking it would delay this thread.
+            if len(self._points) == len(points) or self._is_crowded():
+                self._changed.notify()
+        if first:
+            logger.warning("MLflow and the run's folder are too slow: metrics are lost from step %d on.", step)
 
     def close(self, seconds: float = 60) -> None:
-        """Wait at most `seconds` until all queued metrics are sent; warn if some are left."""
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=seconds)
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+        """Try for at most `seconds` to send all points; write the others to the run's folder and warn."""
+        with self._changed:
+            self._deadline = time.monotonic() + seconds
+            self._changed.notify()
+        self._thread.join(seconds + 30)  # a request, or writing the file, may take some more
         if self._thread.is_alive():
-            logger.warning("MLflow is too slow: the last metrics of run %s may be lost.", self._run_id)
+            logger.warning("The last metrics of MLflow run %s may be lost: the storage hangs.", self._run.run_id)
 
     def _work(self) -> None:
-        last_logged: dict[str, int] = {}
-        while (metrics := self._queue.get()) is not None:
-            try:
-                fresh = [m for m in metrics if m.step > self._last(m.key, last_logged)]
-                self._client.log_batch(self._run_id, metrics=fresh)
-            except Exception as error:  # logging must never end a training run
-                logger.warning("MLflow did not accept the metrics of step %d: %s", metrics[0].step, error)
+        with patience(0):  # the training must not wait at its end
+            while self._has_work():
+                began = time.monotonic()
+                try:
+                    self._send_oldest()
+                except Exception as error:  # logging must never end a training run
+                    self._wait_for_mlflow(error, began)
+            self._finish()
 
-    def _last(self, key: str, last_logged: dict[str, int]) -> int:
-        if key not in last_logged:
-            history = self._client.get_metric_history(self._run_id, key)
-            last_logged[key] = max((metric.step for metric in history), default=-1)
-        return last_logged[key]
+    def _has_work(self) -> bool:
+        """Wait for points or for the end; return whether to send some."""
+        with self._changed:
+            if self._pieces == []:
+                if self._wait and not self._points:
+                    logger.info("MLflow accepts metrics again; the %d points kept meanwhile were sent.", self._num_kept)
+                    self._wait = 0.0
+                self._changed.wait_for(lambda: self._points or self._deadline is not None)
+            if self._deadline is None:
+                return True
+            return time.monotonic() < self._deadline and (self._pieces != [] or bool(self._points))
+
+    def _send_oldest(self) -> None:
+        pieces = self._list_pieces()
+        if self._is_crowded():
+            self._write()
+        if pieces:
+            piece = pieces[0]
+            self._send(read_points(piece))
+            del pieces[0]
+            with suppress(*_STORAGE_ERRORS):  # if it stays, the next command finds its points in MLflow and deletes it
+                piece.delete()
+            return
+        with self._changed:
+            batch = self._points[:POINTS_PER_CALL]
+        self._send(batch)
+        with self._changed:
+            del self._points[: len(batch)]
+        if 0 < self._num_written <= len(batch):
+            with suppress(*_STORAGE_ERRORS):
+                self._unsent.piece(self._number).delete()
+        self._num_written = max(0, self._num_written - len(batch))
+
+    def _send(self, points: list[Metric]) -> None:
+        cause = self._sender.send(points)
+        if cause and not self._rejected:
+            self._rejected = True
+            logger.warning("MLflow rejects metrics of run %s, which are dropped: %s", self._run.run_id, cause)
+        if self._wait:
+            self._num_kept += len(points)
+
+    def _wait_for_mlflow(self, error: Exception, began: float) -> None:
+        """Wait after a failed try; write the points to the run's folder meanwhile."""
+        if not self._wait:
+            logger.warning(
+                "MLflow does not accept metrics of run %s now; they are kept and sent later: %s",
+                self._run.run_id,
+                one_line(error),
+            )
+            self._wait, self._num_kept, self._loses = _FIRST_WAIT, 0, False
+            self._write_at = began + _WRITE_EVERY
+        until = time.monotonic() + self._wait * _jitter.uniform(0.5, 1)
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        closing = self._deadline is not None
+        while (now := time.monotonic()) < min(until, self._deadline or until):
+            if now >= self._write_at or self._is_crowded():
+                self._write()
+                self._write_at = time.monotonic() + _WRITE_EVERY
+            with self._changed:
+                if self._deadline is not None and not closing:
+                    return  # one more try at once
+                self._changed.wait(min(until, self._write_at, self._deadline or until) - now)
+
+    def _is_crowded(self) -> bool:
+        """Return whether points should move to the run's folder now, so that there is room for others."""
+        return len(self._points) > self._capacity // 2 and not self._storage_fails
+
+    def _list_pieces(self) -> list[Location]:
+        if self._pieces is None:
+            self._pieces = self._unsent.pieces()
+            self._number = next_number(self._pieces)
+        return self._pieces
+
+    def _write(self) -> bool:
+        """Write the points to the run's folder, and forget them if they are many; return whether that was possible."""
+        with self._changed:
+            points = list(self._points)
+        try:
+            pieces = self._list_pieces()
+            piece = self._unsent.piece(self._number)
+            if points:
+                write_points(piece, points)
+        except _STORAGE_ERRORS as error:
+            if not self._storage_fails:
+                logger.warning("Metrics that MLflow does not accept stay in memory: %s", one_line(error))
+            self._storage_fails = True
+            return False
+        self._storage_fails = False
+        self._num_written = len(points)
+        if len(points) > self._capacity // 2:
+            pieces.append(piece)
+            self._number += 1
+            self._num_written = 0
+            with self._changed:
+                del self._points[: len(points)]
+        return True
+
+    def _finish(self) -> None:
+        if not self._points and self._pieces == []:
+            with suppress(*_STORAGE_ERRORS):
+                self._unsent.tidy()
+        elif self._write():  # or an earlier attempt's files are left
+            logger.warning(
+                "MLflow does not accept the last metrics of run %s. They are in %s; the next command on this run "
+                "sends them.",
+                self._run.run_id,
+                self._unsent.folder,
+            )
+        else:
+            logger.warning("The last %d points of MLflow run %s are lost.", len(self._points), self._run.run_id)

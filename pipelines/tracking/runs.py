@@ -1,29 +1,35 @@
 """MLflow runs: one for each training run, written by the driver and identified by the training run's folder."""
 
 import contextlib
+import json
 import logging
 import os
 import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from pipelines.config.overrides import flatten
-from pipelines.errors import UserError
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import Location
+from pipelines.tracking.unsent import RunStatus, Sender, Unsent, is_rejection, one_line, read_points
 
 logger = logging.getLogger(__name__)
 
 _FOLDER_TAG = "maskformer.run"
 _PARAMS_PER_CALL = 100
+_STORAGE_ERRORS = (UserError, StorageUnavailableError, OSError)
+_ERRORS = (*_STORAGE_ERRORS, MlflowException, json.JSONDecodeError)  # the last: a proxy's page, or a damaged file
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,12 @@ class TrackedRun:
         return self._client.get_run(self.run_id).info.status
 
     def set_status(self, status: str) -> None:
-        """Set the status: RUNNING, FINISHED, FAILED or KILLED."""
-        self._client.update_run(self.run_id, status=status)
+        """Set the status: RUNNING, FINISHED, FAILED or KILLED; warn within seconds if MLflow is unreachable."""
+        try:
+            require_reachable(self.uri)  # the client itself would retry for minutes
+            self._client.update_run(self.run_id, status=status)
+        except (UserError, MlflowException) as error:
+            logger.warning("MLflow did not set the status of run %s to %s: %s", self.run_id, status, one_line(error))
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return the steps and values of a metric in the order they were logged.
@@ -86,10 +96,23 @@ class TrackedRun:
                 f"MLflow at {self.uri} cannot return the metrics of run {self.run_id}: {' '.join(str(error).split())}"
             ) from error
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Log metrics at a step."""
+    def log_metrics(self, step: int, metrics: dict[str, float], folder: Location | None = None) -> None:
+        """Log metrics at a step; warn within seconds if MLflow is unreachable.
+
+        Args:
+            folder: the training run's folder, where the metrics are kept if MLflow is unreachable.
+        """
         now = get_current_time_millis()
-        self._client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+        points = [Metric(name, value, now, step) for name, value in metrics.items()]
+        try:
+            require_reachable(self.uri)
+            self._client.log_batch(self.run_id, points)
+        except (UserError, MlflowException) as error:
+            what = f"metrics of run {self.run_id}"
+            if folder is None or (isinstance(error, MlflowException) and is_rejection(error)):
+                logger.warning("MLflow did not accept %s: %s", what, one_line(error))
+            else:
+                _keep(what, error, folder, lambda unsent: unsent.add(points))
 
     def log_files(self, files: dict[str, bytes], folder: str | None = None) -> None:
         """Log files as artifacts; warn if MLflow is unreachable.
@@ -107,22 +130,99 @@ class TrackedRun:
         except (UserError, MlflowException) as error:
             logger.warning("MLflow did not accept %s of run %s: %s", ", ".join(files), self.run_id, error)
 
-    def close(self, status: str, tags: dict[str, str]) -> None:
-        """Set the final status and tags with its cause; warn if MLflow is unreachable.
+    def close(self, status: str, tags: dict[str, str], folder: Location | None = None) -> None:
+        """Set the final status and tags with its cause; warn within seconds if MLflow is unreachable.
 
         Args:
             status: FINISHED, FAILED or KILLED.
+            folder: the training run's folder. What is in it of unsent metrics is sent first. If MLflow is unreachable,
+                status and tags are kept there for `settle`.
         """
+        final = RunStatus(status, tags)
         try:
             require_reachable(self.uri)  # the client itself would retry for minutes
-            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            self._client.set_terminated(self.run_id, status)
-        except (UserError, MlflowException) as error:
-            logger.warning("MLflow did not record that run %s ended as %s: %s", self.run_id, status, error)
+            if folder is not None:
+                with _warned(f"The metrics of run {self.run_id} that are in {folder} were not sent"):
+                    self._send_metrics(Unsent(folder))
+            final.record(self._client, self.run_id)
+            if folder is not None:
+                with _warned(f"A status of run {self.run_id} that is outdated stays in {folder}"):
+                    Unsent(folder).delete_status()
+                    Unsent(folder).tidy()
+        except (UserError, MlflowException, json.JSONDecodeError) as error:
+            what = f"the status {status} of run {self.run_id}"
+            if folder is None or (isinstance(error, MlflowException) and is_rejection(error)):
+                logger.warning(
+                    "MLflow did not record that run %s ended as %s: %s", self.run_id, status, one_line(error)
+                )
+            else:
+                _keep(what, error, folder, lambda unsent: unsent.write_status(final))
+
+    def settle(self, folder: Location) -> None:
+        """Send the metrics and the status that an earlier command kept in the run's folder; warn if that fails.
+
+        Calling it again, or while the run trains, changes nothing that MLflow has already.
+
+        Args:
+            folder: the training run's folder.
+        """
+        unsent = Unsent(folder)
+        try:
+            if not unsent.folder.names():
+                return
+            require_reachable(self.uri)
+            self._send_metrics(unsent)
+            status = unsent.read_status()
+            if status is not None:
+                self._record(status)
+                unsent.delete_status()
+            unsent.tidy()
+            logger.info("MLflow has what an earlier command on run %s could not send.", self.run_id)
+        except _ERRORS as error:
+            logger.warning(
+                "MLflow still lacks metrics or the status of run %s, which stay in %s: %s",
+                self.run_id,
+                unsent.folder,
+                one_line(error),
+            )
+
+    def _send_metrics(self, unsent: Unsent) -> None:
+        sender = Sender(self.uri, self.run_id)
+        for piece in unsent.pieces():
+            if rejected := sender.send(read_points(piece)):
+                logger.warning("MLflow rejects metrics of run %s, which are dropped: %s", self.run_id, rejected)
+            piece.delete()
+
+    def _record(self, status: RunStatus) -> None:
+        try:
+            status.record(self._client, self.run_id)
+        except MlflowException as error:
+            if not is_rejection(error):
+                raise
+            logger.warning("MLflow rejects the status %s of run %s: %s", status.status, self.run_id, one_line(error))
 
     @property
     def _client(self) -> MlflowClient:
         return MlflowClient(self.uri)
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Warn that the storage does not answer, and go on."""
+    try:
+        yield
+    except _STORAGE_ERRORS as error:
+        logger.warning("%s: %s", what, one_line(error))
+
+
+def _keep(what: str, error: Exception, folder: Location, write: Callable[[Unsent], None]) -> None:
+    unsent = Unsent(folder)
+    try:
+        write(unsent)
+        kept = f"Kept in {unsent.folder}; the next command on this run sends it."
+    except _STORAGE_ERRORS as storage_error:
+        kept = f"Lost, since it cannot be kept either: {one_line(storage_error)}"
+    logger.warning("MLflow did not accept %s: %s %s", what, one_line(error), kept)
 
 
 def require_reachable(uri: str) -> None:

@@ -1,59 +1,98 @@
-"""The actor through which the driver and the workers of a run communicate."""
+"""The actor through which the driver and the workers of a run communicate.
+
+Workers send events and, once a second, what they are doing; the answer carries the driver's requests. All calls are
+repeated by their callers, so that a coordinator that is lost and restarted by Ray costs a second.
+"""
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+
+STOP, DRAIN, RESIZE = 3, 2, 1
+"""Requests to the workers, by urgency: save after the current step and end the run; save after the current step, as a
+node is about to leave; end the attempt at the next checkpoint, to continue with more workers. 0 is none."""
+
+_BEAT_SECONDS = 1.0
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class RunCoordinator:
-    """Carries progress and events to the driver, and a requested stop to the workers."""
+    """Carries events and activity to the driver, and its requests to the workers."""
 
     def __init__(self) -> None:
-        self._stop_requested = False
-        self._fatal: str | None = None
+        self._attempt, self._request = 0, 0
         self._events: list[dict[str, Any]] = []
-        self._progress: dict[str, Any] = {}
+        self._beats: dict[int, tuple[dict[str, Any], float]] = {}
 
-    def request_stop(self) -> None:
-        """Ask the workers to save after their current step and return."""
-        self._stop_requested = True
+    def add_event(self, attempt: int, event: str, **facts: Any) -> None:
+        """Add an event for the driver."""
+        self._events.append({"event": event, "attempt": attempt, **facts})
 
-    def stop_requested(self) -> bool:
-        return self._stop_requested
+    def beat(self, attempt: int, rank: int, beat: dict[str, Any]) -> int:
+        """Store what a worker is doing, and return the driver's request."""
+        if attempt < self._attempt:
+            return 0
+        if attempt > self._attempt:
+            self._attempt, self._request, self._beats = attempt, 0, {}
+        self._beats[rank] = (beat, time.monotonic())
+        return self._request
 
-    def declare_fatal(self, message: str) -> None:
-        """Record a failure that would recur, so that the next attempt ends at once."""
-        self._fatal = self._fatal or message
+    def exchange(
+        self, attempt: int, request: int
+    ) -> tuple[list[dict[str, Any]], dict[int, tuple[dict[str, Any], float]]]:
+        """Store the driver's request; return the events since the last call, and each worker's latest beat.
 
-    def fatal(self) -> str | None:
-        return self._fatal
-
-    def add_event(self, event: str, **facts: Any) -> None:
-        """Add an event for the driver. Progress is that of the attempt that started last."""
-        if event == "start":
-            self._progress = {}
-        self._events.append({"event": event, **facts})
-
-    def set_progress(self, **facts: Any) -> None:
-        self._progress = facts
-
-    def take_events(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return the events since the last call, and the latest progress."""
+        Returns:
+            The events, and by rank the beat and its age in seconds. Only beats of this attempt count.
+        """
+        if attempt > self._attempt:
+            self._attempt, self._beats = attempt, {}
+        if attempt == self._attempt:
+            self._request = request
         events, self._events = self._events, []
-        return events, self._progress
+        now = time.monotonic()
+        return events, {rank: (beat, now - arrived) for rank, (beat, arrived) in self._beats.items()}
+
+
+class Heartbeat:
+    """Tells the coordinator once a second, beside the training, what this worker is doing."""
+
+    def __init__(self, coordinator: Any, attempt: int, rank: int, beat: Callable[[], dict[str, Any]]) -> None:
+        """Start to send what `beat` returns, until `close`."""
+        self.request: int = 0
+        """The latest request of the driver."""
+        self._send: Callable[[], Any] = lambda: ray.get(coordinator.beat.remote(attempt, rank, beat()), timeout=60)
+        self._closed = threading.Event()
+        threading.Thread(target=self._work, name="heartbeat", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop sending."""
+        self._closed.set()
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self.request = max(self.request, self._send())
+            except RayError:  # the coordinator is away; if the driver is gone, so is this worker soon
+                logging.getLogger(__name__).debug("The coordinator does not answer.", exc_info=True)
+            self._closed.wait(_BEAT_SECONDS)
 
 
 class WarningForwarder(logging.Handler):
     """Sends a worker's warnings to the driver, whose user would otherwise have to look into the logs of Ray."""
 
-    def __init__(self, coordinator: Any, rank: int) -> None:
+    def __init__(self, coordinator: Any, attempt: int, rank: int) -> None:
         super().__init__(logging.WARNING)
-        self._coordinator, self._rank = coordinator, rank
+        self._coordinator, self._attempt, self._rank = coordinator, attempt, rank
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._coordinator.add_event.remote("warning", text=f"worker {self._rank}: {record.getMessage()}")
+            text = f"worker {self._rank}: {record.getMessage()}"
+            self._coordinator.add_event.remote(self._attempt, "warning", text=text)
         except Exception:  # the driver is gone
             self.handleError(record)

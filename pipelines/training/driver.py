@@ -1,28 +1,45 @@
-"""fit(): train from a configuration to the last step, starting or resuming a run."""
+"""fit(): train from a configuration to the last step, starting or resuming a run.
+
+A run is a sequence of attempts. Each is a Ray Train run of its own that is not repeated by Ray: the driver decides
+whether and with how many workers to go on, and knows why the attempt before ended.
+"""
 
 import json
 import logging
-from dataclasses import dataclass
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.checkpoints.state import load, newest, step_folder, steps_saved
+from pipelines.checkpoints.state import check_files, load, newest, step_folder, steps_saved
 from pipelines.cluster.session import session
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RunFailedError
-from pipelines.storage import locate
+from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
+from pipelines.storage import set_patience
 from pipelines.tracking.runs import TrackedRun
-from pipelines.training import preflight
+from pipelines.training import goodput, ledger, preflight
 from pipelines.training.coordinator import RunCoordinator
+from pipelines.training.elastic import WorkerCount
 from pipelines.training.ledger import Ledger
-from pipelines.training.monitor import FailureReporter, TrainCallbacks, follow
+from pipelines.training.lock import locked
+from pipelines.training.monitor import Ended, Monitor, StopSignals, TrainCallbacks, given_up
 from pipelines.training.preflight import PreparedRun, prepare_run
-from pipelines.training.worker import train_loop
+from pipelines.training.worker import Job, train_loop
 
 logger = logging.getLogger(__name__)
+
+_RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray notices a lost worker
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # then the driver says that it waits, and tries again
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for nodes that leave, and more often
+}
+"""Settings of Ray Train, which reads them from the environment of the driver."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
     Raises:
         UserError: the configuration, the data or the environment make the run impossible; nothing was started.
         RunFailedError: the run was started and failed; its cause is in the message and in the ledger.
+        StorageUnavailableError: the storage does not answer.
     """
     run = config if isinstance(config, PreparedRun) else prepare_run(config)
     config, steps = run.config, run.total_steps
@@ -66,25 +84,52 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
         "Run %s: %d steps of %s; %d images, %d left out without a thing.",
         config.run.name, steps, config.batch_split, len(run.train), run.train.num_left_out,
     )  # fmt: skip
-    last = newest(run.folder, load) if steps_saved(run.folder)[-1:] == [steps] else None
-    if earlier and last and last.step == steps:
+    if earlier and (done := _finished_at(run)) is not None:
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
-        return _result("finished", run, steps, TrackedRun(config.tracking.uri, earlier["mlflow_run_id"]))
+        mlflow_run = TrackedRun(config.tracking.uri, earlier["mlflow_run_id"])
+        mlflow_run.settle(run.folder)
+        return _result("finished", run, done, mlflow_run)
     preflight.check_locations(config)
-    with session():
+    with locked(run.folder, "run"), session():
+        earlier = preflight.earlier_record(run)  # once more: while this driver waited, another one may have begun
         preflight.check_cluster(config)
-        mlflow_run = TrackedRun.open(
-            config.tracking.uri,
-            config.tracking.experiment,
-            config.run.name,
-            str(run.folder),
-            run.record["config"],
-            config.tracking.parent,
-        )
-        mlflow_run.set_status("RUNNING")
+        set_patience(config.scaling.storage_patience)
+        mlflow_run = _tracked(run, earlier)
         record = {**run.record, "mlflow_run_id": mlflow_run.run_id}
         (run.folder / "config.json").write_text(json.dumps(record, indent=1))
         return _train(run, mlflow_run, callbacks or TrainCallbacks())
+
+
+def _finished_at(run: PreparedRun) -> int | None:
+    """Return the last step of a run that has nothing left to do; None if it has."""
+    steps = run.total_steps
+    if steps_saved(run.folder)[-1:] == [steps]:
+        last = newest(run.folder, load)
+        return steps if last and last.step == steps else None
+    end = ledger.read(run.folder)[-1:]
+    patience = run.config.run.patience
+    if end and end[0].get("status") == "finished" and end[0].get("early") and 0 < patience <= end[0]["early"]:
+        return end[0]["step"]
+    return None
+
+
+def _tracked(run: PreparedRun, earlier: dict[str, Any] | None) -> TrackedRun:
+    """Return the MLflow run of a training run, and mark it as running."""
+    tracking = run.config.tracking
+    if earlier and earlier["config"]["tracking"]["uri"] == tracking.uri:
+        mlflow_run = TrackedRun(tracking.uri, earlier["mlflow_run_id"])  # MLflow may be away now
+    else:
+        mlflow_run = TrackedRun.open(
+            tracking.uri,
+            tracking.experiment,
+            run.config.run.name,
+            str(run.folder),
+            run.record["config"],
+            tracking.parent,
+        )
+    mlflow_run.settle(run.folder)
+    mlflow_run.set_status("RUNNING")
+    return mlflow_run
 
 
 def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks) -> TrainResult:
@@ -92,50 +137,129 @@ def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks) 
     # On the driver's node, so that the loss of another node does not end it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     coordinator = RunCoordinator.options(scheduling_strategy=here).remote()
-    ledger = Ledger(run.folder)
-    if ledger.open:
-        ledger.add("failure", cause="the driver was lost", step=None)
-    preflight.compare_environment(run)
-    # Ray keeps a list of checkpoints of its own and refuses to start if one of them is gone. Only our manifests count.
-    (run.folder / "checkpoint_manager_snapshot.json").delete()
-    trainer = TorchTrainer(
+    run_ledger = Ledger(run.folder)
+    if not run_ledger.ended:
+        run_ledger.add("failure", **_lost_driver(run))
+    if (manifest := newest(run.folder, check_files)) is not None:
+        logger.info("The newest checkpoint is of step %d.", manifest["step"])
+    worker_count = WorkerCount(config)
+    monitor = Monitor(run.folder, config, coordinator, run_ledger, callbacks, worker_count)
+    try:
+        with StopSignals(monitor.signaled.set):
+            ended = _attempts(run, mlflow_run, coordinator, run_ledger, monitor, worker_count)
+    except BaseException as error:
+        cause = type(error).__name__
+        if not run_ledger.ended:
+            run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class="user")
+        mlflow_run.close("KILLED", {"cause": cause}, run.folder)
+        raise
+    finally:
+        monitor.close()
+    accounts = goodput.account(run_ledger.events)
+    logger.info("%s", goodput.summary(accounts))
+    mlflow_run.log_metrics(ended.step or 0, goodput.metrics(accounts), run.folder)
+    if ended.status == "failed":
+        mlflow_run.close("FAILED", {"cause": ended.cause[:5000]}, run.folder)
+        raise RunFailedError(
+            f"Run {config.run.name} failed: {ended.cause}. Its ledger is {run.folder}/ledger.jsonl; the same command "
+            f"resumes from the newest checkpoint."
+        )
+    result = _result(ended.status, run, ended.step or 0, mlflow_run)
+    mlflow_status = "FINISHED" if ended.status == "finished" else "KILLED"
+    mlflow_run.close(mlflow_status, {"checkpoint": result.checkpoint, "status": ended.status}, run.folder)
+    return result
+
+
+def _attempts(
+    run: PreparedRun,
+    mlflow_run: TrackedRun,
+    coordinator: Any,
+    run_ledger: Ledger,
+    monitor: Monitor,
+    worker_count: WorkerCount,
+) -> Ended:
+    """Make attempts until the run ends; return how the last one ended."""
+    first_event = len(run_ledger.events)
+    waited_for_start = False
+    while True:
+        began = round(time.time(), 3)
+        workers = worker_count.choose(monitor.wait)
+        attempt = run_ledger.attempts + 1
+        job = Job(
+            run=replace(run, config=run.config.with_workers(workers)),
+            mlflow_run=mlflow_run,
+            coordinator=coordinator,
+            attempt=attempt,
+            reached=run_ledger.reached,
+            non_finite_steps=run_ledger.non_finite_steps,
+        )
+        with tempfile.TemporaryDirectory(prefix="maskformer-ray-") as scratch:
+            ended = monitor.follow(attempt, began, _trainer(job, scratch).fit)
+        facts = {"attempt": attempt, "step": ended.step, "cause": ended.cause, "cause_class": ended.kind, **ended.facts}
+        if ended.status in ("finished", "stopped"):
+            early = {"early": run.config.run.patience} if ended.early else {}
+            run_ledger.add("end", status=ended.status, **facts, **early)
+            if ended.early:
+                logger.info("The quick PQ has not risen for %d times; the run ends early.", run.config.run.patience)
+            return ended
+        if ended.status in ("drained", "resized"):
+            run_ledger.add("restart", **{**facts, "cause": ended.status})
+            continue
+        if ended.kind == "start" and not run_ledger.open:
+            logger.warning("Ray could not start %d workers yet, and tries again. %s", workers, ended.cause)
+            if not waited_for_start:  # one line in the ledger, however long it takes
+                run_ledger.add("failure", **facts, began=began)
+            waited_for_start = True
+            monitor.wait()
+            continue
+        waited_for_start = False
+        logger.warning("An attempt ended at step %s: %s", "?" if ended.step is None else ended.step, ended.cause)
+        run_ledger.add("failure", **facts, **({} if run_ledger.open else {"began": began}))
+        cause = given_up(run_ledger.events[first_event:], run.config.scaling.max_failures)
+        if ended.final or cause is not None:
+            run_ledger.add("end", status="failed", cause=cause or ended.cause, cause_class=ended.kind, step=ended.step)
+            return replace(ended, cause=cause or ended.cause)
+
+
+def _trainer(job: Job, scratch: str) -> TorchTrainer:
+    """Return the Ray Train run of an attempt.
+
+    Args:
+        scratch: a folder on this node for Ray Train's own state, which nothing reads: checkpoints are ours.
+    """
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    config = job.run.config
+    return TorchTrainer(
         train_loop,
-        train_loop_config={"run": run, "mlflow_run": mlflow_run, "coordinator": coordinator},
-        torch_config=TorchConfig(timeout_s=int(config.scaling.collective_timeout)),
+        train_loop_config={"job": job},
+        # Ranks wait in a collective while another one waits for the storage.
+        torch_config=TorchConfig(timeout_s=int(config.scaling.collective_timeout + config.scaling.storage_patience)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.workers,
+            num_workers=config.scaling.max_workers,
             use_gpu=config.scaling.device == "cuda",
             resources_per_worker=config.scaling.per_worker,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
-            storage_path=locate(config.run.storage).path,
-            storage_filesystem=run.folder.filesystem,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.scaling.max_failures, controller_failure_limit=5
-            ),
-            callbacks=[FailureReporter(coordinator)],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # it announces every report
+            storage_path=scratch,
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def _lost_driver(run: PreparedRun) -> dict[str, Any]:
+    """Return what is known of an attempt whose driver was lost."""
+    facts: dict[str, Any] = {"cause": "the driver was lost", "cause_class": "driver", "step": None}
     try:
-        outcome, cause = follow(trainer.fit, coordinator, ledger, callbacks)
-    except BaseException as error:
-        if ledger.open:
-            ledger.add("end", status="interrupted", cause=type(error).__name__, step=None)
-        mlflow_run.close("KILLED", {"cause": type(error).__name__})
-        raise
-    if outcome is None:
-        mlflow_run.close("FAILED", {"cause": cause[:5000]})
-        raise RunFailedError(
-            f"Run {config.run.name} failed: {cause}. Its ledger is {run.folder}/ledger.jsonl; the same command resumes "
-            f"from the newest checkpoint."
-        )
-    status, step = outcome["status"], outcome["step"]
-    result = _result(status, run, step, mlflow_run)
-    mlflow_status = "FINISHED" if status == "finished" else "KILLED"
-    mlflow_run.close(mlflow_status, {"checkpoint": result.checkpoint, "status": status})
-    return result
+        file = run.folder / "status.json"
+        status = json.loads(file.read_text()) if file.exists() else {}
+        known = ("attempt", "step", "until", "split", "checkpoint")
+        return {**facts, **{key: status[key] for key in known if status.get(key) is not None}}
+    except (UserError, StorageUnavailableError, OSError, ValueError, AttributeError) as error:
+        logger.debug("The last status cannot be read. %s", error)
+        return facts
 
 
 def _result(status: str, run: PreparedRun, step: int, mlflow_run: TrackedRun) -> TrainResult:

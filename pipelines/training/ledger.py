@@ -1,27 +1,45 @@
 """The ledger of a run: every attempt, why it ended, and how many steps that cost.
 
 One JSON line per event in <run>/ledger.jsonl, written only by the driver. `start` opens an attempt (a group of
-workers), `failure` or `end` closes it.
+workers); `failure`, `restart` or `end` closes it. An attempt whose workers never started has no `start`.
 """
 
 import json
 import logging
 import re
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from ray.exceptions import ActorUnavailableError
 
-from pipelines.errors import UserError
-from pipelines.storage import Location
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import Location, patience
 
 logger = logging.getLogger(__name__)
+
+CauseClass = Literal[
+    "worker",
+    "node",
+    "driver",
+    "storage",
+    "data",
+    "non-finite",
+    "hang",
+    "drained",
+    "resized",
+    "user",
+    "start",
+    "unknown",
+]
+"""Kinds of causes for which an attempt ends."""
 
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
 )
 """Errors of the surviving workers after another one was lost."""
 
+NODE_LOST = "its node was lost."
 _NODE_LOST = re.compile(r"^.*\bnode has died.*$", re.MULTILINE)
 """The line in Ray's error about a worker whose node was lost; the first line of that error does not name the cause."""
 
@@ -38,38 +56,70 @@ class Ledger:
         self.events.append({"event": event, "time": round(time.time(), 3), **facts})
         # Rewritten whole: an object store cannot append, and a run has few events.
         try:
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in self.events))
-        except (UserError, OSError) as error:
+            with patience(0):
+                self._file.write_text("".join(json.dumps(line) + "\n" for line in self.events))
+        except (UserError, StorageUnavailableError, OSError) as error:
             logger.warning("The ledger is not up to date. %s", error)
 
     @property
     def attempts(self) -> int:
-        return sum(event["event"] == "start" for event in self.events)
+        """Number of the last attempt, 0 before the first."""
+        starts = sum(event["event"] == "start" for event in self.events)
+        return max([starts, *(event.get("attempt") or 0 for event in self.events)])
 
     @property
     def open(self) -> bool:
-        """Whether the last attempt was never closed: its driver was lost."""
+        """Whether the workers of the last attempt have started, and it is not closed."""
         return bool(self.events) and self.events[-1]["event"] == "start"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last driver has ended the run, or there was none; otherwise it is running or was lost."""
+        return not self.events or self.events[-1]["event"] == "end"
+
+    @property
+    def reached(self) -> int:
+        """The most steps that an attempt is known to have done."""
+        return max((event.get("step") or 0 for event in self.events), default=0)
+
+    @property
+    def non_finite_steps(self) -> frozenset[int]:
+        """The steps that were not finite in an earlier attempt."""
+        failures = (event for event in self.events if event.get("cause_class") == "non-finite")
+        return frozenset(event["failed_step"] for event in failures if "failed_step" in event)
 
 
 def read(run: Location) -> list[dict[str, Any]]:
-    """Return the events of a run's ledger, oldest first."""
+    """Return the events of a run's ledger, oldest first. Lines that are damaged are left out with a warning."""
     file = run / "ledger.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    events: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            event = json.loads(line)
+            _ = event["event"]
+            events.append(event)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("A line of %s is damaged and ignored: %r", file, line[:100])
+    return events
 
 
-def cause(failures: dict[int, BaseException]) -> str:
+def cause(failures: Mapping[int, BaseException]) -> str:
     """Return in one line what ended an attempt: the failure that is not a consequence of another one."""
     described = {rank: _last_line(error) for rank, error in failures.items()}
-    first = [rank for rank, text in described.items() if not _CONSEQUENCE.search(text)]
+    first = [rank for rank, text in described.items() if not is_consequence(text)]
     rank = (first or list(described))[0]
     return f"worker {rank}: {described[rank]}"
+
+
+def is_consequence(text: str) -> bool:
+    """Return whether an error is what the other workers see when one is lost."""
+    return bool(_CONSEQUENCE.search(text))
 
 
 def _last_line(error: BaseException) -> str:
     error = getattr(error, "health_check_failure", error)  # Ray Train wraps Ray's error about a worker
     if lost := _NODE_LOST.search(str(error)):
-        return f"its node was lost. {lost[0].strip()}"[:500]
+        return f"{NODE_LOST} {lost[0].strip()}"[:500]
     if isinstance(error, ActorUnavailableError):  # Ray's first error, while it knows no more
         return "its process or its node was lost; Ray cannot reach it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

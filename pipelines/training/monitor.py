@@ -1,26 +1,45 @@
-"""Monitoring a run from the driver: its events go to the ledger, its progress to the log, a stop to the workers."""
+"""What the driver does during an attempt: events to the ledger, progress to the log, requests to the workers.
 
+It also ends an attempt that hangs, and says why an attempt ended.
+"""
+
+import json
 import logging
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
+from ray.exceptions import GetTimeoutError, RayError
+from ray.train import WorkerGroupError
 
+from pipelines.cluster.checks import draining_nodes
+from pipelines.config.train import TrainConfig
+from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.progress import StepProgress
-from pipelines.training import ledger
-from pipelines.training.ledger import Ledger
+from pipelines.storage import Location, patience
+from pipelines.training import ledger, watchdog
+from pipelines.training.coordinator import DRAIN, RESIZE, STOP
+from pipelines.training.elastic import WorkerCount
+from pipelines.training.ledger import CauseClass, Ledger
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_STATUS_SECONDS = 10.0
+_CLUSTER_SECONDS = 2.0
+_ANSWER_SECONDS = 30.0
 
 _SAME_FAILURES = 3
 """A failure repeated this often at the same step is treated as permanent."""
+
+Beats = Mapping[int, tuple[dict[str, Any], float]]
+"""By rank, what a worker was doing, and the seconds since it said so."""
 
 
 @dataclass(frozen=True)
@@ -59,114 +78,312 @@ class StopSignals:
         self._request_stop()
 
 
-def follow(
-    fit: Callable[[], ray.train.Result], coordinator: Any, run_ledger: Ledger, callbacks: TrainCallbacks
-) -> tuple[dict[str, Any] | None, str]:
-    """Run `fit` to its end; return the workers' outcome, or None and the cause of the failure.
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How an attempt ended."""
 
-    Raises:
-        KeyboardInterrupt: a second Ctrl-C, or a first one before there was anything to save.
-    """
-    progress, signaled = StepProgress(), threading.Event()
-    try:
-        with StopSignals(signaled.set):
-            return _follow(_in_thread(fit), coordinator, run_ledger, callbacks, signaled, progress)
-    finally:
-        progress.close()
+    status: str
+    """`finished`, `stopped`, `drained`, `resized` or `failed`."""
+    step: int | None = None
+    """Steps done, as far as known."""
+    cause: str = ""
+    kind: CauseClass = "unknown"
+    """Kind of the cause."""
+    final: bool = False
+    """Whether another attempt would fail in the same way."""
+    early: bool = False
+    """Whether the run finished early, since the quick PQ no longer rose."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """More for the ledger: `until`, `split`, `checkpoint` and `failed_step`."""
 
 
-def _follow(
-    future: Future[ray.train.Result],
-    coordinator: Any,
-    run_ledger: Ledger,
-    callbacks: TrainCallbacks,
-    signaled: threading.Event,
-    step_progress: StepProgress,
-) -> tuple[dict[str, Any] | None, str]:
-    stopping, finished, first_event, last_step = False, False, len(run_ledger.events), 0
-    while not finished:
-        # Checked before the events are taken, so that none is left behind.
-        finished = bool(wait([future], timeout=_POLL_SECONDS).done)
-        stop_requested = signaled.is_set() or callbacks.stop_requested.is_set()
-        if stop_requested and not run_ledger.open and not finished:  # no attempt is running: nothing to save
+class Monitor:
+    """Follows the attempts of a run, one after another."""
+
+    def __init__(
+        self,
+        run: Location,
+        config: TrainConfig,
+        coordinator: Any,
+        run_ledger: Ledger,
+        callbacks: TrainCallbacks,
+        worker_count: WorkerCount,
+    ) -> None:
+        self.signaled = threading.Event()
+        """Set by Ctrl-C or SIGTERM."""
+        self._run, self._config, self._coordinator, self._ledger = run, config, coordinator, run_ledger
+        self._callbacks, self._worker_count = callbacks, worker_count
+        self._progress = StepProgress()
+        self._status = _StatusFile(run)
+        self._stopping = False
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run is to stop."""
+        return self.signaled.is_set() or self._callbacks.stop_requested.is_set()
+
+    def wait(self) -> None:
+        """Report that the run waits for resources.
+
+        Raises:
+            KeyboardInterrupt: the run is to stop, and there is nothing to save.
+        """
+        if self.stop_requested:
             raise KeyboardInterrupt
-        if stop_requested and not stopping:
-            stopping = True
-            ray.get(coordinator.request_stop.remote())
+        self._status.write({"phase": "waiting for resources", "attempt": self._ledger.attempts})
+
+    def follow(self, attempt: int, began: float, fit: Callable[[], ray.train.Result]) -> Ended:
+        """Run `fit`, an attempt, to its end.
+
+        Args:
+            attempt: its number, from 1.
+            began: when it began, in seconds since the epoch.
+
+        Raises:
+            KeyboardInterrupt: a second Ctrl-C, or a first one before there was anything to save.
+        """
+        return self._follow(_in_thread(fit), attempt, began)
+
+    def close(self) -> None:
+        """Remove the progress bar, and write the last status."""
+        self._progress.close()
+        self._status.write({"phase": "ended"}, now=True)
+
+    def _follow(self, future: "Future[ray.train.Result]", attempt: int, began: float) -> Ended:
+        config = self._config.scaling
+        hangs = watchdog.Watchdog(config.hang_timeout, config.storage_patience)
+        errors: list[dict[str, Any]] = []
+        beats: Beats = {}
+        finished, request, hang, looked = False, 0, "", 0.0
+        self._status.clear()
+        self._status.write({"attempt": attempt, "began": began, "phase": "starting"})
+        while not finished:
+            # Checked before the events are taken, so that none is left behind.
+            finished = bool(wait([future], timeout=_POLL_SECONDS).done)
+            if self.stop_requested and not finished:
+                if not self._ledger.open:  # the workers have not started: there is nothing to save
+                    raise KeyboardInterrupt
+                request = self._stop()
+            if not finished and request < DRAIN and time.monotonic() - looked > _CLUSTER_SECONDS:
+                looked = time.monotonic()
+                request = max(request, self._requested_by_cluster(beats))
+            events, answered = self._exchange(attempt, request)
+            beats = answered or beats
+            for event in events:
+                if event["attempt"] != attempt:
+                    continue
+                if event["event"] == "error":
+                    errors.append(event)
+                else:
+                    handle_event({**event, "began": began}, self._ledger, self._callbacks)
+            self._show(attempt, began, beats)
+            if not finished and not hang and (hang := hangs.observe(dict(beats), time.monotonic()) or ""):
+                hang = self._end_hang(attempt, hang, beats)
+        return self._ended(future, attempt, errors, hang, beats)
+
+    def _stop(self) -> int:
+        if not self._stopping:
+            self._stopping = True
             logger.info("Stopping: the state is saved after the current step. Ctrl-C again stops at once.")
-        events, progress = ray.get(coordinator.take_events.remote())
-        for event in events:
-            handle_event(event, progress, run_ledger, callbacks)
-            if fatal := repeated_failure(run_ledger.events[first_event:]):
-                ray.get(coordinator.declare_fatal.remote(fatal))
+        return STOP
+
+    def _requested_by_cluster(self, beats: Beats) -> int:
+        """Return what changes of the cluster ask of the workers."""
+        nodes = [beat["node_id"] for beat, _ in beats.values() if "node_id" in beat]
+        try:
+            if leaving := draining_nodes() & set(nodes):
+                logger.warning("%d node(s) will leave the cluster; the state is saved now.", len(leaving))
+                return DRAIN
+            return RESIZE if nodes and self._worker_count.can_grow(nodes) else 0
+        except RayError as error:
+            logger.warning("The state of the cluster is not known now. %s", error)
+            return 0
+
+    def _exchange(self, attempt: int, request: int) -> tuple[list[dict[str, Any]], Beats]:
+        try:
+            return ray.get(self._coordinator.exchange.remote(attempt, request), timeout=_ANSWER_SECONDS)
+        except (RayError, GetTimeoutError) as error:  # Ray restarts it
+            logger.warning("The run's coordinator does not answer. %s", str(error).splitlines()[0])
+            return [], {}
+
+    def _show(self, attempt: int, began: float, beats: Beats) -> None:
+        beat = beats[0][0] if 0 in beats else {}
+        progress = beat.get("progress", {})
         if progress:
-            last_step = progress["step"]
-            step_progress.show(progress)
-    try:
-        result = future.result()
-    except ray.train.TrainingFailedError as error:
-        failures = [event["cause"] for event in run_ledger.events if event["event"] == "failure"]
-        cause = failures[-1] if failures else str(error)
-        run_ledger.add("end", status="failed", cause=cause, step=last_step)
-        return None, cause
-    outcome: dict[str, Any] = result.return_value or {"status": "failed", "cause": "the workers returned nothing"}
-    if outcome["status"] == "failed":
-        run_ledger.add("end", status="failed", cause=outcome["cause"], step=last_step)
-        return None, outcome["cause"]
-    run_ledger.add("end", status=outcome["status"], step=outcome["step"])
-    return outcome, ""
+            self._progress.show(progress)
+        started = self._ledger.events[-1] if self._ledger.open else {}
+        self._status.write(
+            {
+                "attempt": attempt,
+                "began": began,
+                "phase": "training" if started else "starting",
+                **{key: started[key] for key in ("entered", "restored") if key in started},
+                **({"step": beat["done"]} if beat.get("done") is not None else {}),
+                **{key: progress[key] for key in ("total", "loss", "images_per_second", "eta_seconds") if progress},
+                **{key: beat[key] for key in ("checkpoint", "until", "split") if key in beat},
+            }
+        )
+
+    def _end_hang(self, attempt: int, hang: str, beats: Beats) -> str:
+        """Find out which worker hangs, and kill the workers so that Ray ends the attempt; return the cause."""
+        logger.warning("%s", hang)
+        reports = watchdog.collect(beats)
+        cause = watchdog.describe_hang(hang, reports, self._run / f"hang_{attempt}.txt")
+        watchdog.kill(reports)
+        return cause
+
+    def _ended(
+        self, future: "Future[ray.train.Result]", attempt: int, errors: list[dict[str, Any]], hang: str, beats: Beats
+    ) -> Ended:
+        started = self._ledger.events[-1] if self._ledger.open else {}
+        done = [beat["done"] for beat, _ in beats.values() if beat.get("done") is not None]
+        step = max([*done, started.get("step", 0)]) if started else None
+        first = beats[0][0] if 0 in beats else {}
+        facts = {key: first[key] for key in ("until", "split") if key in first and started}
+        facts["checkpoint"] = max(first.get("checkpoint") or 0, started.get("step", 0))
+        error = future.exception()
+        if error is None:
+            outcome: dict[str, Any] = future.result().return_value or {}
+            facts |= {key: outcome[key] for key in ("until", "split") if key in outcome}
+            if outcome:
+                return Ended(
+                    status=outcome["status"],
+                    step=outcome["step"],
+                    kind={"drained": "drained", "resized": "resized"}.get(outcome["status"], "user"),  # pyright: ignore[reportArgumentType]
+                    early=outcome.get("early", False),
+                    facts=facts,
+                )
+            return Ended(status="failed", step=step, cause="the workers returned nothing", facts=facts)
+        if hang:
+            return Ended(status="failed", step=step, cause=hang, kind="hang", facts=facts)
+        cause, kind, told = explain(error, errors)
+        if told is not None:
+            facts["failed_step"] = told["failed_step"]
+        again = kind == "non-finite" and facts.get("failed_step") in self._ledger.non_finite_steps
+        return Ended(
+            status="failed", step=step, cause=cause, kind=kind, final=again or kind in ("data", "storage"), facts=facts
+        )
 
 
-def handle_event(
-    event: dict[str, Any], progress: dict[str, Any], run_ledger: Ledger, callbacks: TrainCallbacks
-) -> None:
-    """Log an event of the coordinator, call back, and write starts and failures to the ledger.
+def explain(
+    error: BaseException, errors: Sequence[Mapping[str, Any]]
+) -> tuple[str, CauseClass, Mapping[str, Any] | None]:
+    """Return why an attempt failed, in one line, its kind, and the worker's own error if that is the cause.
 
     Args:
-        progress: the latest of the attempt; empty if it has not logged any.
+        error: what Ray Train raised.
+        errors: the errors that workers reported themselves, the first first: `rank`, `kind`, `cause`, `failed_step`.
     """
-    facts = {key: value for key, value in event.items() if key != "event"}
-    kind, attempt = event["event"], run_ledger.attempts
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    cause = ledger.cause(failures) if failures else ""
+    if ledger.NODE_LOST in cause:
+        return cause, "node", None
+    for (
+        told
+    ) in errors:  # what a worker could not explain itself is a consequence of what another one said, or of a loss
+        if told["kind"] != "worker" or not ledger.is_consequence(told["cause"]):
+            return told["cause"], cast(CauseClass, told["kind"]), told
+    if cause:
+        return cause, "worker", None
+    failure = getattr(error, "controller_failure", error)
+    text = " ".join(str(failure).split())[:500]
+    kind: CauseClass = "start" if type(failure).__name__.startswith("WorkerGroupStartup") else "unknown"
+    return f"Ray Train: {type(failure).__name__}: {text}", kind, None
+
+
+def handle_event(event: dict[str, Any], run_ledger: Ledger, callbacks: TrainCallbacks) -> None:
+    """Log an event of the coordinator, call back, and write starts to the ledger."""
+    facts = {key: value for key, value in event.items() if key not in ("event", "began")}
+    kind = event["event"]
     if kind == "quick PQ":
         parts = (100 * facts[f"quick_pq/{part}"] for part in ("all", "things", "stuff"))
         logger.info("step %d  quick PQ %.1f  (things %.1f, stuff %.1f)", facts["step"], *parts)
         callbacks.on_quick_pq(facts["step"], facts["quick_pq/all"])
     elif kind == "warning":
         logger.warning("%s", facts["text"])
-    elif kind == "failure":
-        step = progress.get("step", run_ledger.events[-1].get("step"))
-        logger.warning("An attempt ended at step %s: %s", step, facts["cause"])
-        run_ledger.add("failure", attempt=attempt, step=step, **facts)
     elif kind != "start":
         raise ValueError(f"The coordinator has an event of an unknown kind: {event}.")
-    elif attempt:  # not the first
-        reached = run_ledger.events[-1].get("step")
+    elif not run_ledger.events:  # the first
+        run_ledger.add("start", **facts, began=event["began"])
+    else:
+        ended = run_ledger.events[-1]
+        reached = ended.get("step")
         lost = None if reached is None else max(0, reached - facts["step"])
         repeated = "some" if lost is None else f"about {lost}"
-        logger.info("Resumed at step %d; %s steps are repeated.", facts["step"], repeated)
-        run_ledger.add("start", attempt=attempt + 1, lost_steps=lost, **facts)
-    else:
-        run_ledger.add("start", attempt=1, **facts)
+        away = time.time() - ended["time"]
+        logger.info(
+            "Resumed at step %d with %d worker(s), %.0f s later; %s steps are repeated.",
+            facts["step"], facts["workers"], away, repeated,
+        )  # fmt: skip
+        run_ledger.add("start", lost_steps=lost, **facts, began=event["began"])
 
 
-def repeated_failure(events: list[dict[str, Any]]) -> str | None:
-    """Return the cause if the last attempts all ended by it at the same step: another one would only cost time."""
-    failures = [event for event in events if event["event"] == "failure"][-_SAME_FAILURES:]
-    same = len({(event["cause"], event["step"]) for event in failures}) == 1
-    return f"{failures[0]['cause']} ({_SAME_FAILURES} times)" if same and len(failures) == _SAME_FAILURES else None
+def given_up(events: Sequence[Mapping[str, Any]], max_failures: int) -> str | None:
+    """Return why the run is given up after these events of the ledger, None if another attempt is to be made.
+
+    Args:
+        max_failures: failures in a row without a new checkpoint that are allowed.
+    """
+    failures = [event for event in events if event["event"] == "failure"]
+    if not failures:
+        return None
+    last = failures[-1]
+    same = [
+        event
+        for event in failures[-_SAME_FAILURES:]
+        if (event["cause"], event["step"]) == (last["cause"], last["step"])
+    ]
+    if len(same) == _SAME_FAILURES:
+        return f"{last['cause']} ({_SAME_FAILURES} times)"
+    stuck = 0
+    for event in reversed(failures):
+        if event.get("checkpoint") != last.get("checkpoint"):
+            break
+        stuck += 1
+    if stuck > max_failures:
+        allowed = f"--scaling.max-failures allows {max_failures}"
+        return f"{last['cause']} (failure {stuck} in a row without a new checkpoint; {allowed})"
+    return None
 
 
-class FailureReporter(ray.train.UserCallback):
-    """Runs in Ray's controller and tells the driver why an attempt ended."""
+class _StatusFile:
+    """Writes <run>/status.json, for programs that look at the run from outside, without delaying the driver."""
 
-    def __init__(self, coordinator: Any) -> None:
-        self._coordinator = coordinator
+    def __init__(self, run: Location) -> None:
+        self._file = run / "status.json"
+        self._pool = ThreadPoolExecutor(1, "status")
+        self._writing: Future[None] | None = None
+        self._written = 0.0
+        self._status: dict[str, Any] = {}
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        ray.get(self._coordinator.add_event.remote("failure", cause=ledger.cause(dict(worker_exceptions))))
+    def clear(self) -> None:
+        """Forget what was written before, since another attempt begins."""
+        self._status = {}
+
+    def write(self, status: dict[str, Any], now: bool = False) -> None:
+        """Update the status, and write it if the last time was long ago or the phase has changed.
+
+        Args:
+            now: wait until it is written.
+        """
+        changed = status.get("phase") != self._status.get("phase")
+        self._status = {**self._status, **status, "time": round(time.time(), 3)}
+        busy = self._writing is not None and not self._writing.done()
+        if now or (not busy and (changed or time.monotonic() - self._written > _STATUS_SECONDS)):
+            self._written = time.monotonic()
+            self._writing = self._pool.submit(self._write, json.dumps(self._status))
+            if now:
+                self._writing.result()
+
+    def _write(self, text: str) -> None:
+        try:
+            with patience(0):
+                self._file.write_text(text)
+        except (UserError, StorageUnavailableError, OSError) as error:
+            logger.debug("The status is not up to date. %s", error)
 
 
-def _in_thread(function: Callable[[], ray.train.Result]) -> Future[ray.train.Result]:
+def _in_thread(function: Callable[[], ray.train.Result]) -> "Future[ray.train.Result]":
     """Run `function` in a thread that does not outlive an interrupted driver."""
     future: Future[ray.train.Result] = Future()
 

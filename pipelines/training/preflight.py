@@ -13,7 +13,7 @@ import torch
 
 from maskformer import build_model
 from pipelines.checkpoints import pretrained
-from pipelines.checkpoints.state import check_files, environment, newest, steps_saved
+from pipelines.checkpoints.state import steps_saved
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
 from pipelines.cluster.session import is_remote
@@ -26,6 +26,7 @@ from pipelines.data.order import total_steps
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 from pipelines.tracking.runs import require_reachable
+from pipelines.training.lock import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,19 @@ def prepare_run(config: TrainConfig, opened: PreparedRun | None = None) -> Prepa
         train = opened.train
     else:
         train = packs.train.with_things() if data.require_thing else packs.train
-    require_reachable(config.tracking.uri)
+    _require_tracking(config)
     steps = config.run.steps or total_steps(config.run.epochs, len(train), config.run.global_batch)
     return PreparedRun(config, steps, packs, train)
+
+
+def _require_tracking(config: TrainConfig) -> None:
+    """Refuse a new run whose MLflow does not answer; a run that resumes keeps its metrics until MLflow is back."""
+    try:
+        require_reachable(config.tracking.uri)
+    except UserError as error:
+        if not (locate(config.run.storage) / config.run.name / "config.json").exists():
+            raise
+        logger.warning("The run resumes without MLflow. %s", error)
 
 
 def earlier_record(run: PreparedRun) -> dict[str, Any] | None:
@@ -97,7 +108,7 @@ def earlier_record(run: PreparedRun) -> dict[str, Any] | None:
     """
     file, record = run.folder / "config.json", run.record
     if not file.exists():
-        foreign = run.folder.names()
+        foreign = [name for name in run.folder.names() if name != LOCK_FILE]
         if foreign:
             raise UserError(
                 f"{run.folder} is not the folder of a run: it has {', '.join(foreign[:5])} but no config.json. "
@@ -163,7 +174,7 @@ def check_cluster(config: TrainConfig) -> None:
     """
     require_fit(
         checks.capacity(),
-        Demand.of(config.scaling),
+        Demand.of(config.scaling, config.scaling.min_workers),
         "Lower --scaling.workers, --scaling.cpus-per-worker or --scaling.data-cpus (fractions are allowed), or use a "
         "larger cluster.",
     )
@@ -172,21 +183,6 @@ def check_cluster(config: TrainConfig) -> None:
     if config.tracking.uri.startswith(SQLITE):
         files["--tracking.uri"] = config.tracking.uri.removeprefix(SQLITE)
     checks.require_shared(config.run.storage, files)
-
-
-def compare_environment(run: PreparedRun) -> None:
-    """Warn if the run resumes where its numbers will not be bit for bit those of an uninterrupted one."""
-    manifest = newest(run.folder, check_files)
-    if manifest is None:
-        return
-    before, now = manifest["environment"], environment(run.config)
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    logger.info("The newest checkpoint is of step %d.", manifest["step"])
-    if changed:
-        logger.warning(
-            "The order of samples stays exact, but the numbers will not be bit-identical to an uninterrupted run: %s.",
-            ", ".join(changed),
-        )
 
 
 def _check_classes(config: TrainConfig, packs: Packs) -> None:
@@ -206,7 +202,7 @@ def _require_device(config: TrainConfig) -> None:
     elsewhere = is_remote() or ray.is_initialized()  # then the cluster itself is asked
     if config.scaling.device == "cuda" and not torch.cuda.is_available() and not elsewhere:
         raise UserError(
-            f"The recipe {config.recipe} trains on {config.scaling.workers} GPUs, and this machine has none. Set "
+            f"The recipe {config.recipe} trains on {config.scaling.max_workers} GPUs, and this machine has none. Set "
             f"RAY_ADDRESS to a cluster that has them, or run it here, slowly, with: --scaling.device cpu "
             f"--scaling.workers 1 --scaling.cpus-per-worker 1 --scaling.data-cpus 1"
         )

@@ -5,132 +5,420 @@ the data; the complete state is saved; gradients are added in a fixed order; and
 one step to the next.
 """
 
-import contextlib
 import json
 import logging
+import math
 import os
-import threading
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayError
-from torch.nn.parallel import DistributedDataParallel
 
-from maskformer import build_model, compute_losses
+from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.matcher import NonFiniteLogitsError
-from maskformer.optim import build_optimizer, learning_rate_factor
+from maskformer.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from pipelines.checkpoints.pretrained import load_initial_weights
-from pipelines.checkpoints.state import load, newest, step_folder
+from pipelines.checkpoints.state import TrainingState, environment, load, newest, read_manifest, step_folder
 from pipelines.config.train import TrainConfig
 from pipelines.data.batch import PanopticBatch
+from pipelines.data.order import dropout_seed
 from pipelines.data.stream import training_batches
-from pipelines.errors import UserError
+from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.evaluation.quick_pq import quick_pq
-from pipelines.storage import Location
+from pipelines.storage import Location, set_patience
 from pipelines.tracking.metric_log import MetricLog
-from pipelines.training.coordinator import WarningForwarder
+from pipelines.tracking.runs import TrackedRun
+from pipelines.training import replay
+from pipelines.training.coordinator import DRAIN, RESIZE, STOP, Heartbeat, WarningForwarder
 from pipelines.training.meter import Meter
 from pipelines.training.preflight import PreparedRun
+from pipelines.training.reduction import (
+    ExactReduction,
+    FastReduction,
+    Reduction,
+    broadcast_module,
+    broadcast_state,
+    gather_losses,
+)
 from pipelines.training.saver import Saver
+from pipelines.training.watchdog import Activity, register_stack_dump
+
+logger = logging.getLogger(__name__)
+
+_MOST_SKIPPED = 20
+"""Steps that are not finite and skipped, after which a run ends nevertheless."""
 
 
 class NonFiniteError(ArithmeticError):
-    """Logits or gradients are NaN or infinite. Another attempt would fail at the same step."""
+    """Logits or gradients of a step are NaN or infinite, on any worker; raised on all of them."""
 
 
-def train_loop(job: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """What an attempt's workers need to know."""
+
+    run: PreparedRun
+    """The run; its configuration has the attempt's number of workers."""
+    mlflow_run: TrackedRun
+    coordinator: Any
+    attempt: int
+    """Number of the attempt, from 1."""
+    reached: int
+    """The most steps that an earlier attempt had done."""
+    non_finite_steps: frozenset[int]
+    """The steps that were not finite in an earlier attempt."""
+
+
+def train_loop(config: Mapping[str, Job]) -> dict[str, Any]:
     """Train until the last step, or until the driver asks to stop; return where it ended.
 
     Args:
-        job: `run` (a PreparedRun), `mlflow_run` (a TrackedRun) and `coordinator` (an actor).
+        config: the `job`.
+
+    Returns:
+        `status` (finished, stopped, drained or resized), `step`, and `early` if the quick PQ ended the run.
     """
-    run, coordinator = job["run"], job["coordinator"]
-    config, total_steps = run.config, run.total_steps
-    context = ray.train.get_context()
-    rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    torch.set_num_threads(config.scaling.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    logging.getLogger("pipelines").addHandler(WarningForwarder(coordinator, rank))
-    if fatal := ray.get(coordinator.fatal.remote()):
-        return {"status": "failed", "cause": fatal}
-
-    steps_per_epoch = len(run.train) / config.run.global_batch
+    job, entered = config["job"], time.time()
+    rank = ray.train.get_context().get_world_rank()
+    logging.getLogger("pipelines").addHandler(WarningForwarder(job.coordinator, job.attempt, rank))
+    worker = _Worker(job, rank, entered)
     try:
-        model, optimizer, first_step = _restore(run, rank, device)
-    except UserError as error:  # such as weights that the driver could read and this node cannot
-        ray.get(coordinator.declare_fatal.remote(str(error)))
+        return worker.train()
+    except Exception as error:
+        # Told by the worker itself: Ray passes on a traceback as text, and perhaps another worker's first.
+        facts = {"kind": _kind(error), "failed_step": worker.step, "cause": _describe(error, worker.step, rank)}
+        ray.get(job.coordinator.add_event.remote(job.attempt, "error", rank=rank, **facts))
         raise
-    pids = [0] * config.batch_split.workers
-    dist.all_gather_object(pids, os.getpid())
-    if rank == 0:
-        coordinator.add_event.remote("start", step=first_step, workers=config.batch_split.workers, pids=pids)
 
-    batches = training_batches(
-        run.train,
-        config.batch_split.positions(rank, first_step, total_steps),
-        seed=config.run.seed,
-        augmentation=config.data.augment,
-        micro_batch=config.run.micro_batch,
-        samples_per_task=config.data.samples_per_task,
-        cpus=config.scaling.data_cpus / config.scaling.workers,
-        prefetch=config.data.prefetch,
-    )
-    saver = Saver(config, run.folder, rank, run.train.taxonomy)
-    stop = _StopWatcher(coordinator) if rank == 0 else None
-    metrics = MetricLog(job["mlflow_run"]) if rank == 0 else None
-    meter = Meter(first_step, total_steps)
-    status, step, norm = "finished", first_step, float("nan")
-    while step < total_steps:
-        factor = learning_rate_factor(step, total_steps, steps_per_epoch, config.schedule)
+
+def _kind(error: Exception) -> str:
+    kinds = {NonFiniteError: "non-finite", StorageUnavailableError: "storage", UserError: "data"}
+    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "worker")
+
+
+def _describe(error: Exception, step: int | None, rank: int) -> str:
+    where = f"worker {rank}" if step is None else f"step {step}, worker {rank}"
+    if isinstance(error, NonFiniteError):
+        return f"step {step}, {error}"
+    known = isinstance(error, StorageUnavailableError | UserError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return f"{where}: {' '.join(text.split())[:2000]}"
+
+
+@dataclass
+class _Progress:
+    """What carries over from step to step beside weights and optimizer; it is saved in checkpoints."""
+
+    best_step: int = 0
+    best_quality: float = -math.inf
+    without_best: int = 0
+    """Quick PQs since the best."""
+    skipped: int = 0
+    """Steps skipped because they were not finite."""
+
+    def judge(self, step: int, quality: float) -> bool:
+        """Add a quick PQ; return whether it is the best so far."""
+        best = quality > self.best_quality
+        if best:
+            self.best_step, self.best_quality = step, quality
+        self.without_best = 0 if best else self.without_best + 1
+        return best
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "best_quality": self.best_quality if self.best_step else None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "_Progress":
+        known = {name: value for name, value in values.items() if name in vars(cls()) and value is not None}
+        return cls(**known)
+
+
+class _Worker:
+    """The state of one worker's training loop."""
+
+    def __init__(self, job: Job, rank: int, entered: float) -> None:
+        self.step: int | None = None
+        """Steps done; None before the state is restored."""
+        self._job, self._run, self._rank, self._entered = job, job.run, rank, entered
+        self._config = job.run.config
+        self._device = ray.train.torch.get_device()
+        self._activity = Activity()
+        self._meter: Meter | None = None
+        self._figures: dict[str, Any] = {}
+
+    def train(self) -> dict[str, Any]:
+        """Restore the newest state, and train from there."""
+        config = self._config
+        set_patience(config.scaling.storage_patience)
+        torch.set_num_threads(config.scaling.threads)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        register_stack_dump()
+        self._activity.enter("start", 0)
+        with ExitStack() as stack:
+            heartbeat = Heartbeat(self._job.coordinator, self._job.attempt, self._rank, self._beat)
+            stack.callback(heartbeat.close)
+            self._restore()
+            saver = metrics = None
+            if self._rank == 0:
+                saver = Saver(config, self._run.folder, self._run.train.taxonomy)
+                if self._progress.best_step:  # an attempt may have ended after the checkpoint and before best.json
+                    saver.mark_best(self._progress.best_step, self._progress.best_quality)
+                metrics = MetricLog(self._job.mlflow_run, self._run.folder)
+            outcome = self._train(heartbeat, saver, metrics)
+            if saver is not None and metrics is not None:
+                self._activity.enter("saving", self._done)
+                with self._timed.part("checkpoint"):
+                    saver.finish()
+                metrics.close()
+            self._activity.enter("end", self._done)
+        return {**outcome, "step": self._done, "until": time.time(), "split": self._timed.split}
+
+    @property
+    def _done(self) -> int:
+        assert self.step is not None
+        return self.step
+
+    @property
+    def _timed(self) -> Meter:
+        assert self._meter is not None
+        return self._meter
+
+    def _beat(self) -> dict[str, Any]:
+        split = {} if self._meter is None else {"split": self._meter.split}
+        return {**self._activity.beat(), **self._figures, **split, "done": self.step, "until": time.time()}
+
+    def _restore(self) -> None:
+        """Build network and optimizer, and load the newest checkpoint that verifies: rank 0 reads it for all."""
+        run, config, rank = self._run, self._config, self._rank
+        saved = newest(run.folder, load) if rank == 0 else None
+        loaded = broadcast_state(vars(saved) if saved is not None else None, self._device)
+        state = None if loaded is None else TrainingState(**loaded)
+
+        torch.manual_seed(config.run.seed % 2**63)
+        network = build_model(config.model)
+        if state is None and config.weights != "none" and rank == 0:
+            logger.info("%s", load_initial_weights(network, config.weights, run.train.taxonomy))
+        network.to(self._device).train()
+        if state is not None:
+            network.load_state_dict(state.model)
+        else:
+            broadcast_module(network)
+        reduction = ExactReduction if config.scaling.exact else FastReduction
+        self._reduction: Reduction = reduction(network, rank, config.batch_split, self._device)
+        self._network: MaskFormer = network
+        self._optimizer = build_optimizer(network, config.optimizer)
+        decay = config.optimizer.ema_decay
+        self._averaged = AveragedWeights(network, decay) if decay else None
+        if state is not None:
+            self._optimizer.load_state_dict(state.optimizer)
+            if self._averaged is not None and state.averaged is not None:
+                self._averaged.load_state_dict(state.averaged)
+        self._progress = _Progress.from_dict(state.progress if state else {})
+        self.step = state.step if state else 0
+        if state is not None and rank == 0:
+            self._compare_environment()
+
+        pids = [0] * config.batch_split.workers
+        dist.all_gather_object(pids, os.getpid())
+        self._meter = Meter(self.step, run.total_steps, self._job.reached)
+        if rank == 0:
+            facts = {"step": self.step, "workers": config.batch_split.workers, "pids": pids}
+            times = {"entered": self._entered, "restored": time.time()}
+            self._job.coordinator.add_event.remote(self._job.attempt, "start", **facts, **times)
+
+    def _compare_environment(self) -> None:
+        """Warn if the run resumes where its numbers will not be bit for bit those of an uninterrupted one."""
+        before = read_manifest(step_folder(self._run.folder, self._done))["environment"]
+        now = environment(self._config)
+        # Checkpoints of before have fewer entries.
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        if changed:
+            logger.warning(
+                "The order of samples stays exact, but the numbers will not be bit-identical to an uninterrupted run: "
+                "%s.",
+                ", ".join(changed),
+            )
+
+    def _train(self, heartbeat: Heartbeat, saver: Saver | None, metrics: MetricLog | None) -> dict[str, Any]:
+        """Do steps until the run or the attempt ends; return the status."""
+        run, config, meter = self._run, self._config, self._timed
+        split, total_steps = config.batch_split, run.total_steps
+        batches = training_batches(
+            run.train,
+            split.positions(self._rank, self._done, total_steps),
+            seed=config.run.seed,
+            augmentation=config.data.augment,
+            micro_batch=config.run.micro_batch,
+            samples_per_task=config.data.samples_per_task,
+            cpus=config.scaling.data_cpus / split.workers,
+            prefetch=config.data.prefetch,
+            damaged=config.data.damaged,
+            patience=config.scaling.storage_patience,
+        )
+        first = True
         try:
-            micro_batches = meter.waiting_for(batches, config.batch_split.accumulation)
-            num_masks, stopping = _agree(micro_batches, config, stop, device)
-            losses, norm = train_step(model, optimizer, micro_batches, num_masks, factor, config, device)
-        except (NonFiniteError, UserError) as error:  # another attempt would end in the same way
-            message = f"step {step}, worker {rank}: {error}"
-            if isinstance(error, NonFiniteError):
-                message += f" The gradient norm of the step before was {norm:g}."
-            ray.get(coordinator.declare_fatal.remote(message))
-            raise type(error)(message) from error
-        if config.run.sample_log:
-            _log_samples(run.folder, step, rank, micro_batches)
-        step += 1  # from here on, `step` counts the steps done
+            while self._done < total_steps:
+                step = self._done
+                self._activity.enter("data", step)
+                with nullcontext() if first else meter.part("data"):
+                    micro_batches = [next(batches) for _ in range(split.accumulation)]
+                first = False
+                meter.stepping(step)
+                self._warn_of_skipped(micro_batches)
+                images = tuple(image for batch in micro_batches for image in batch.image_ids)
+                self._activity.enter("step", step, images)
+                num_masks, request = _agree(micro_batches, config, heartbeat.request, self._rank, self._device)
+                factor = learning_rate_factor(
+                    step, total_steps, len(run.train) / config.run.global_batch, config.schedule
+                )
+                losses, norm = self._step(micro_batches, num_masks, factor)
+                if config.run.sample_log:
+                    _log_samples(run.folder, step, self._rank, micro_batches)
+                self.step = step = step + 1  # from here on, `step` counts the steps done
 
-        if step % config.tracking.log_every == 0 or step in (1, total_steps):
-            dist.all_reduce(losses)  # every rank's mean over its micro-batches
-            if metrics is not None:
-                names = ("loss/classification", "loss/focal", "loss/dice", "loss/total")
-                values = dict(zip(names, (losses / config.batch_split.workers).tolist(), strict=True))
-                speed = meter.report(step, config.run.global_batch)
-                metrics.log(step, {**values, "gradient_norm": norm, "lr_factor": factor, **speed})
-                coordinator.set_progress.remote(step=step, total=total_steps, loss=values["loss/total"], **speed)
-        if config.evaluation.every and run.packs.val is not None and step % config.evaluation.every == 0:
-            with meter.paused():
-                quality = quick_pq(model.module, config, run.packs.val, rank, config.batch_split.workers)
-            if metrics is not None:
-                metrics.log(step, quality)
-                coordinator.add_event.remote("quick PQ", step=step, **quality)
-        if step % config.checkpoint.every == 0 or step == total_steps or stopping:
-            saver.save(step, model.module, optimizer)
-        if stopping and step < total_steps:
-            status = "stopped"
-            break
-    batches.close()
-    saver.finish()
-    if metrics is not None:
-        metrics.close()
-    return {"status": status, "step": step}
+                self._log(metrics, losses, norm, factor)
+                best, early = self._evaluate(metrics)
+                due = step % config.checkpoint.every == 0 or step == total_steps or request >= DRAIN or early
+                if saver is not None:
+                    with meter.part("checkpoint"):
+                        saver.check()
+                        if due or (best and config.checkpoint.keep_best):
+                            saver.save(self._state())
+                        if best and config.checkpoint.keep_best:
+                            saver.mark_best(step, self._progress.best_quality)
+                        self._figures["checkpoint"] = saver.saved
+                if step == total_steps or early:
+                    return {"status": "finished", "early": step < total_steps}
+                if request >= DRAIN:
+                    return {"status": "stopped" if request == STOP else "drained"}
+                if request == RESIZE and due:
+                    return {"status": "resized"}
+            return {"status": "finished"}
+        finally:
+            batches.close()
+
+    def _step(
+        self, micro_batches: list[PanopticBatch], num_masks: float, factor: float
+    ) -> tuple[torch.Tensor | None, float]:
+        """Do a step; return this rank's losses, None for a step that is skipped, and the gradient norm.
+
+        Raises:
+            NonFiniteError: the step is not finite, for the first time or with the policy to stop.
+        """
+        step = self._done
+        try:
+            losses, norm = train_step(
+                self._reduction, self._optimizer, micro_batches, num_masks, factor, self._config, self._device
+            )
+        except NonFiniteError as error:
+            if step not in self._job.non_finite_steps:
+                raise  # repeated once from the checkpoint: a faulty device may have caused it
+            if self._config.run.non_finite == "stop" or self._progress.skipped >= _MOST_SKIPPED:
+                self._write_replay(micro_batches, num_masks, factor)
+                raise
+            self._progress.skipped += 1
+            if self._rank == 0:
+                logger.warning("Step %d is skipped, %d so far. %s", step, self._progress.skipped, error)
+            return None, math.nan
+        if self._averaged is not None:
+            self._averaged.update(self._network)
+        self._figures["norm"] = norm
+        return losses, norm
+
+    def _write_replay(self, micro_batches: list[PanopticBatch], num_masks: float, factor: float) -> None:
+        """Write what jobs/replay.py needs to repeat this step alone. All ranks must call it."""
+        folder = self._run.folder / "replay" / f"step_{self._done:08d}"
+        try:
+            replay.write_batches(folder, self._rank, micro_batches)
+            failed = False
+        except (UserError, StorageUnavailableError, OSError) as error:
+            logger.warning("The step cannot be kept for jobs/replay.py. %s", error)
+            failed = True
+        failures: list[Any] = [None] * self._config.batch_split.workers
+        dist.all_gather_object(failures, failed)
+        if self._rank != 0 or any(failures):
+            return
+        try:
+            replay.write_bundle(
+                folder,
+                run=self._run,
+                step=self._done,
+                network_state=self._network.state_dict(),
+                num_masks=num_masks,
+                factor=factor,
+                recent_norms=[self._figures["norm"]] if "norm" in self._figures else [],
+                workers=self._config.batch_split.workers,
+                taxonomy=self._run.train.taxonomy,
+            )
+            logger.warning("To look into this step: python jobs/replay.py --bundle %s", folder)
+        except (UserError, StorageUnavailableError, OSError) as error:
+            logger.warning("The step cannot be kept for jobs/replay.py. %s", error)
+
+    def _log(self, metrics: MetricLog | None, losses: torch.Tensor | None, norm: float, factor: float) -> None:
+        """Log losses and rates. All ranks must call it."""
+        config, step = self._config, self._done
+        if losses is None or not (step % config.tracking.log_every == 0 or step in (1, self._run.total_steps)):
+            return
+        mean = gather_losses(losses, self._rank, config.batch_split)
+        if metrics is not None:
+            names = ("loss/classification", "loss/focal", "loss/dice", "loss/total")
+            values = dict(zip(names, mean.tolist(), strict=True))
+            speed = self._timed.report(step, config.run.global_batch)
+            metrics.log(step, {**values, "gradient_norm": norm, "lr_factor": factor, **speed})
+            self._figures["progress"] = {
+                "step": step,
+                "total": self._run.total_steps,
+                "loss": values["loss/total"],
+                **speed,
+            }
+
+    def _evaluate(self, metrics: MetricLog | None) -> tuple[bool, bool]:
+        """Compute the quick PQ if it is due; return whether it is the best, and whether it ends the run.
+
+        All ranks must call it, and get the same.
+        """
+        config, step, val = self._config, self._done, self._run.packs.val
+        if not config.evaluation.every or val is None or step % config.evaluation.every:
+            return False, False
+        self._activity.enter("quick PQ", step)
+        averaged = self._averaged.swapped(self._network) if self._averaged is not None else nullcontext()
+        with self._timed.part("evaluation"), averaged:
+            quality = quick_pq(self._network, config, val, self._rank, config.batch_split.workers)
+        if quality is None:
+            return False, False
+        if metrics is not None:
+            metrics.log(step, quality)
+            self._job.coordinator.add_event.remote(self._job.attempt, "quick PQ", step=step, **quality)
+        best = self._progress.judge(step, quality["quick_pq/all"])
+        early = 0 < config.run.patience <= self._progress.without_best
+        return best, early
+
+    def _state(self) -> TrainingState:
+        averaged = None if self._averaged is None else self._averaged.state_dict()
+        return TrainingState(
+            step=self._done,
+            model=self._network.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            averaged=averaged,
+            progress=self._progress.to_dict(),
+        )
+
+    def _warn_of_skipped(self, micro_batches: list[PanopticBatch]) -> None:
+        for batch in micro_batches:
+            for text in batch.skipped:
+                logger.warning("Step %d: %s", self._done, text)
 
 
 def train_step(
-    model: DistributedDataParallel,
+    reduction: Reduction,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[PanopticBatch],
     num_masks: float,
@@ -138,99 +426,79 @@ def train_step(
     config: TrainConfig,
     device: torch.device,
 ) -> tuple[torch.Tensor, float]:
-    """Do one optimizer step; return this rank's losses (classification, focal, dice, total) and the gradient norm.
+    """Do one optimizer step.
 
     Args:
         num_masks: the divisor of the mask losses, the mean over all micro-batches of all ranks.
         factor: multiplies every group's initial learning rate.
 
+    Returns:
+        The losses of this rank's micro-batches ([A, 4] float64: classification, focal, dice, total) and the norm of
+        the gradient.
+
     Raises:
-        NonFiniteError: logits or gradients are not finite; names the images and the learning rate.
+        NonFiniteError: logits or gradients of any rank are not finite; names the images and the learning rate. The
+            weights are as before. All ranks raise it, with the same message.
     """
     network = config.model
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(4, dtype=torch.float64, device=device)
-    for index, batch in enumerate(micro_batches):
+    rows = torch.zeros(len(micro_batches), 4, dtype=torch.float64, device=device)
+    problems: list[str] = []
+    for turn, index in enumerate(reduction.turns):
         # Dropout is seeded by the position of the micro-batch's first sample, whatever came before.
-        torch.manual_seed((config.run.seed << 40) + batch.positions[0] & 0xFFFF_FFFF_FFFF_FFFF)
-        batch = batch.to(device)
-        last = index == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else model.no_sync():
+        torch.manual_seed(dropout_seed(config.run.seed, micro_batches[index].positions[0], device.type))
+        batch = micro_batches[index].to(device)
+        with reduction.micro_batch(last=turn == len(micro_batches) - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=_autocast(config, device)):
-                output = model(*batch.inputs(network.pixel_mean, network.pixel_std))
+                output = reduction.model(*batch.inputs(network.pixel_mean, network.pixel_std))
             try:
                 losses = compute_losses(output, batch.targets(), config.loss, num_masks)
+                total = losses.total
+                rows[index] = torch.stack([losses.classification, losses.focal, losses.dice, total]).detach()
             except NonFiniteLogitsError as error:
-                images = ", ".join(map(str, batch.image_ids))
-                lr = max(group["lr"] for group in optimizer.param_groups)
-                raise NonFiniteError(f"{error} Images {images}, learning rate {lr:g}.") from error
-            (losses.total / len(micro_batches)).backward()
-        parts = torch.stack([losses.classification, losses.focal, losses.dice, losses.total])
-        total += parts.detach() / len(micro_batches)
-    clip = config.optimizer.clip_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    if not np.isfinite(norm):
-        images = ", ".join(str(image) for batch in micro_batches for image in batch.image_ids)
+                problems.append(f"{error} Images {', '.join(map(str, batch.image_ids))}")
+                # So that the gradient is not finite on any rank, and all of them end the step in the same way.
+                total = (output.class_logits.sum() + output.mask_logits.sum()) * math.nan
+            (total * reduction.scale).backward()
+    reduction.finish()
+    clip = config.optimizer.clip_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(reduction.parameters, clip).item()
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
         lr = max(group["lr"] for group in optimizer.param_groups)
-        raise NonFiniteError(f"The gradient's norm is {norm}. Images {images}, learning rate {lr:g}.")
+        raise NonFiniteError(f"{_first_problem(problems, micro_batches, norm)}, learning rate {lr:g}.")
     optimizer.step()
-    return total, norm
+    return rows, norm
+
+
+def _first_problem(problems: list[str], micro_batches: list[PanopticBatch], norm: float) -> str:
+    """Return what the first rank with logits that are not finite found, else what is wrong with the gradient."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems[:1])
+    for rank, of_rank in enumerate(found):
+        if of_rank:
+            return f"worker {rank}: {of_rank[0]}"
+    images = [image for batch in micro_batches for image in batch.image_ids]
+    dist.all_gather_object(found, images)
+    every = [image for of_rank in found for image in of_rank]
+    return f"all workers: The gradient's norm is {norm}. Images {', '.join(map(str, every))}"
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" and config.precision == "bfloat16"
 
 
-def _restore(
-    run: PreparedRun, rank: int, device: torch.device
-) -> tuple[DistributedDataParallel, torch.optim.Optimizer, int]:
-    """Build model and optimizer, and load the newest checkpoint that verifies: rank 0 chooses, all follow."""
-    config = run.config
-    state = newest(run.folder, load) if rank == 0 else None
-    chosen = [state.step if state else None]
-    dist.broadcast_object_list(chosen, src=0)
-    if rank != 0 and chosen[0] is not None:
-        state = load(step_folder(run.folder, chosen[0]))
-
-    torch.manual_seed(config.run.seed)
-    network = build_model(config.model)
-    if state is None and config.weights != "none" and rank == 0:  # DDP sends them to the others
-        load_initial_weights(network, config.weights, run.train.taxonomy)
-    network.to(device).train()
-    model = DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
-    )
-    _settle_buckets(model, device)
-    optimizer = build_optimizer(network, config.optimizer)
-    if state is not None:
-        network.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-    return model, optimizer, state.step if state else 0
-
-
-def _settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Let DDP arrange its gradient buckets before the first real step.
-
-    After its first backward pass DDP regroups the buckets, and with more than two ranks another grouping adds
-    the gradients in another order. A run that resumes would meet that at another step than one that never
-    stopped; a backward pass of zeros makes it the same for both.
-    """
-    output = model(torch.zeros(1, 3, 64, 64, device=device), None)
-    (0.0 * (output.class_logits.sum() + output.mask_logits.sum())).backward()
-    model.zero_grad(set_to_none=True)
-
-
 def _agree(
-    micro_batches: list[PanopticBatch], config: TrainConfig, stop: "_StopWatcher | None", device: torch.device
-) -> tuple[float, bool]:
-    """Return the divisor of the mask losses and whether to stop after this step, the same on all ranks."""
+    micro_batches: list[PanopticBatch], config: TrainConfig, request: int, rank: int, device: torch.device
+) -> tuple[float, int]:
+    """Return the divisor of the mask losses and the driver's request as rank 0 knows it, the same on all ranks."""
     masks = sum(batch.num_masks(config.model.num_queries) for batch in micro_batches)
-    shared = torch.tensor([masks, stop is not None and stop.requested], dtype=torch.float64, device=device)
+    shared = torch.tensor([masks, request if rank == 0 else 0], dtype=torch.float64, device=device)
     dist.all_reduce(shared)
-    total, stopping = shared.tolist()
-    return max(1.0, total / (config.run.global_batch // config.run.micro_batch)), stopping > 0
+    total, agreed = shared.tolist()
+    return max(1.0, total / (config.run.global_batch // config.run.micro_batch)), int(agreed)
 
 
 def _log_samples(run: Location, step: int, rank: int, micro_batches: list[PanopticBatch]) -> None:
@@ -244,18 +512,3 @@ def _log_samples(run: Location, step: int, rank: int, micro_batches: list[Panopt
     # One write of one short line in append mode: lines of different workers do not mix.
     with open(f"{run.path}/samples.jsonl", "ab", buffering=0) as file:
         file.write((json.dumps(line) + "\n").encode())
-
-
-class _StopWatcher:
-    """Asks the coordinator once a second, beside the training, whether a stop was requested."""
-
-    def __init__(self, coordinator: Any) -> None:
-        self.requested = False
-        self._coordinator = coordinator
-        threading.Thread(target=self._watch, name="stop watcher", daemon=True).start()
-
-    def _watch(self) -> None:
-        with contextlib.suppress(RayError):  # the driver is gone, and this worker with it
-            while not self.requested:
-                self.requested = ray.get(self._coordinator.stop_requested.remote())
-                time.sleep(1)

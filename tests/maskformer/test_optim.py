@@ -2,16 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from maskformer.config import DEMO, R50, ModelConfig, OptimizerConfig, ScheduleConfig
 from maskformer.model import build_model
-from maskformer.optim import build_optimizer, learning_rate_factor, parameter_groups
+from maskformer.optim import AveragedWeights, build_optimizer, learning_rate_factor, parameter_groups
 
 # ---- groups
 
@@ -163,3 +164,97 @@ def test_a_run_shorter_than_its_warmup_has_a_rate(kind: Literal["step", "cosine"
 def test_invalid_values_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# ---- averaged weights
+
+
+class _Network(nn.Module):
+    """Has a trained, a frozen and a buffer of each kind, as a backbone with frozen norms does."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(37, 5, dtype=dtype)
+        self.frozen = nn.Linear(3, 2, dtype=dtype).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(5, dtype=dtype)
+
+
+def trained(network: nn.Module, steps: int, seed: int) -> Iterator[nn.Module]:
+    """Change every tensor of the network, step by step."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            else:
+                tensor += 1
+        yield network
+
+
+def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("decay", [0.9999, 0.9, 0.25])
+def test_averages_are_those_of_the_definition(dtype: torch.dtype, tolerance: float, decay: float) -> None:
+    """After T steps, the average is decay^T w_0 + (1 - decay) sum_t decay^(T - t) w_t."""
+    torch.manual_seed(0)
+    network = _Network(dtype)
+    averaged = AveragedWeights(network, decay)
+    assert bits(averaged.state_dict()) == bits(network.state_dict())
+    history = [{name: tensor.clone() for name, tensor in network.state_dict().items()}]
+    for after in trained(network, 20, 1):
+        averaged.update(after)
+        history.append({name: tensor.clone() for name, tensor in after.state_dict().items()})
+    found = averaged.state_dict()
+    assert found.keys() == network.state_dict().keys()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            weights = [decay**20, *((1 - decay) * decay ** (20 - step) for step in range(1, 21))]
+            expected = sum(w * past[name].double() for w, past in zip(weights, history, strict=True))
+            assert isinstance(expected, Tensor)
+            torch.testing.assert_close(found[name].double(), expected, rtol=tolerance, atol=tolerance)
+    for name in ("frozen.weight", "frozen.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(found[name], network.state_dict()[name])
+
+
+def test_averages_continue_bit_for_bit_from_their_tensors() -> None:
+    torch.manual_seed(0)
+    network = _Network(torch.float32)
+    averaged = AveragedWeights(network, 0.99)
+    saved = None
+    for step, after in enumerate(trained(network, 10, 1)):
+        averaged.update(after)
+        if saved is not None:
+            saved[0].update(after)
+        if step == 4:
+            tensors = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
+            saved = (AveragedWeights(_Network(torch.float32), 0.99), averaged)
+            saved[0].load_state_dict(tensors)
+    assert saved is not None
+    assert bits(saved[0].state_dict()) == bits(averaged.state_dict())
+    with pytest.raises(KeyError, match=r"frozen\.weight"):
+        averaged.load_state_dict({name: t for name, t in averaged.state_dict().items() if name != "frozen.weight"})
+
+
+def test_averaged_weights_are_lent_to_a_model_and_the_trained_ones_returned() -> None:
+    torch.manual_seed(0)
+    network = _Network(torch.float32)
+    averaged = AveragedWeights(network, 0.9)
+    for after in trained(network, 3, 1):
+        averaged.update(after)
+    with torch.no_grad():
+        network.linear.weight[0, :2] = torch.tensor([float("nan"), -0.0])
+    parameters = list(network.parameters())
+    own, average = bits(network.state_dict()), bits(averaged.state_dict())
+    assert own != average
+    with averaged.swapped(network):
+        assert bits(network.state_dict()) == average
+    assert bits(network.state_dict()) == own
+    with pytest.raises(ZeroDivisionError), averaged.swapped(network):
+        raise ZeroDivisionError
+    assert bits(network.state_dict()) == own
+    assert bits(averaged.state_dict()) == average
+    # The optimizer and the gradient reduction hold these very objects.
+    assert all(now is before for now, before in zip(network.parameters(), parameters, strict=True))

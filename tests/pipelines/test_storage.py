@@ -1,19 +1,42 @@
-"""Local folders and S3 (a real API over HTTP) behave alike, and failed writes leave no partial file."""
+"""Local folders and S3 (a real API over HTTP) behave alike, outages are waited for, failed writes leave nothing."""
 
 import errno
+import http.client
+import io
+import logging
 import os
+import pickle
+import random
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from jobs.bench.faulty_server import FaultyServer, Mode
 from pipelines import storage
-from pipelines.errors import UserError
-from pipelines.storage import Location, absolute, is_remote, locate, sha256
+from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.storage import Location, absolute, is_remote, locate, patience, retried, set_patience, sha256
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait briefly between tries and for an answer, and restore the patience."""
+    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.02)
+    monkeypatch.setattr(storage, "_REQUEST_TIMEOUT", 1)  # the least that pyarrow knows
+    monkeypatch.setattr(storage, "_patience", 60.0)
+    storage._remote.cache_clear()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -128,9 +151,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EIO, "broken disk")
 
     monkeypatch.setattr(Path, "replace", break_off)
-    with pytest.raises(OSError, match="broken disk") as error:
+    with patience(0), pytest.raises(StorageUnavailableError, match=r"broken disk.*Check the disk"):
         locate(tmp_path / "a").write_bytes(b"new")
-    assert not isinstance(error.value, UserError)
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
 
@@ -158,16 +180,392 @@ def test_s3_without_the_bucket(bucket: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_an_unreachable_s3_server_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    unreachable = fs.S3FileSystem(
-        access_key="a",
-        secret_key="b",
-        region="us-east-1",
-        endpoint_override="http://127.0.0.1:9",  # the discard port, on which no server listens
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the default ones take 6 s
-    )
-    monkeypatch.setattr(storage, "_remote", lambda bucket, settings: (unreachable, "bucket"))
-    folder = locate("s3://bucket/folder")
+def test_an_unreachable_s3_server_is_not_an_empty_folder(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port, on which no server listens
+    folder = locate(f"{bucket}/folder")
     for action, call in {"list": folder.names, "read": folder.read_bytes, "access": folder.exists}.items():
-        with pytest.raises(UserError, match=rf"^Cannot {action} s3://bucket/folder: .*connect.*AWS_ENDPOINT_URL"):
+        with (
+            patience(0.1),
+            pytest.raises(
+                StorageUnavailableError, match=rf"^Cannot {action} {folder}: .*connect.*AWS_ENDPOINT_URL"
+            ) as e,
+        ):
             call()
+        assert "\n" not in str(e.value)
+        assert "the same command resumes" in str(e.value)
+
+
+@contextmanager
+def outage(server: FaultyServer, mode: Mode, requests: int = 2) -> Iterator[None]:
+    """Let the server fail until it has received so many more requests."""
+    before = server.counts[mode]
+    server.mode = mode
+
+    def end() -> None:
+        server.wait_for(mode, before + requests)
+        server.mode = "ok"
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    assert server.counts[mode] >= before + requests
+
+
+OPERATIONS: dict[str, Callable[[Location], object]] = {
+    "write": lambda folder: ((folder / "a").write_bytes(b"new"), (folder / "a").read_bytes()),
+    "read": lambda folder: (folder / "a").read_bytes(),
+    "list": lambda folder: folder.names(),
+    "delete": lambda folder: (folder.delete(), folder.names()),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("mode", ["503", "silent", "refuse", "cut"])
+def test_an_operation_during_an_outage_ends_as_without(
+    bucket: str, faulty_s3: FaultyServer, mode: Mode, operation: str
+) -> None:
+    results = []
+    for name in ("disturbed", "undisturbed"):
+        folder = locate(f"{bucket}/{name}")
+        (folder / "a").write_bytes(b"content")
+        (folder / "deep" / "b").write_bytes(b"")
+        if name == "disturbed":
+            with outage(faulty_s3, mode):
+                results.append(OPERATIONS[operation](folder))
+        else:
+            results.append(OPERATIONS[operation](folder))
+    assert results[0] == results[1]
+
+
+def test_a_write_whose_confirmation_is_lost_is_repeated(s3_server: str, bucket: str, monkeypatch) -> None:
+    class CutTheThird(FaultyServer):
+        def count(self, mode: Mode) -> None:
+            super().count(mode)
+            self.mode = "cut" if self.counts["ok"] == 2 and not self.counts["cut"] else "ok"
+
+    data = os.urandom(1 << 20)
+    with CutTheThird(s3_server) as server:  # start, part, completion
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        (locate(bucket) / "a").write_bytes(data)
+        assert server.counts["cut"] == 1
+        assert locate(bucket).names() == ["a"]
+        assert (locate(bucket) / "a").read_bytes() == data
+
+
+@pytest.mark.parametrize("mode", ["503", "silent", "refuse", "cut"])
+def test_the_patience_ends(bucket: str, faulty_s3: FaultyServer, mode: Mode) -> None:
+    file = locate(f"{bucket}/a")
+    file.write_bytes(b"old")
+    faulty_s3.mode = mode
+    with (
+        patience(0.3),
+        pytest.raises(StorageUnavailableError, match=f"^Cannot write {file}.*resumes.*AWS_ENDPOINT_URL"),
+    ):
+        file.write_bytes(b"new")
+    assert faulty_s3.counts[mode] >= 2
+    before = faulty_s3.counts[mode]
+    with patience(0), pytest.raises(StorageUnavailableError, match=f"Cannot list {file}: .* when asked once"):
+        file.names()
+    assert faulty_s3.counts[mode] == before + 1
+    faulty_s3.mode = "ok"
+    assert file.read_bytes() == b"old"
+
+
+def test_patience_is_that_of_the_thread_or_of_the_process(bucket: str, faulty_s3: FaultyServer) -> None:
+    folder = locate(bucket)
+
+    def impatient() -> None:
+        with patience(0):
+            with patience(0.01), pytest.raises(StorageUnavailableError):
+                folder.names()
+            with pytest.raises(StorageUnavailableError, match="asked once"):
+                folder.names()
+
+    faulty_s3.mode = "refuse"
+    with ThreadPoolExecutor(1) as pool:
+        set_patience(60)
+        waiting = pool.submit(folder.names)
+        impatient()  # while the other thread waits
+        faulty_s3.mode = "ok"
+        assert waiting.result(60) == []
+        faulty_s3.mode = "refuse"
+        set_patience(0)
+        with pytest.raises(StorageUnavailableError, match="asked once"):
+            pool.submit(folder.names).result(60)
+
+
+def test_one_warning_an_outage(bucket: str, faulty_s3: FaultyServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="pipelines.storage")
+    folder = locate(f"{bucket}/folder")
+
+    def own_lines() -> list[tuple[str, str]]:
+        return [(record.levelname, record.message) for record in caplog.records if record.name == storage.__name__]
+
+    set_patience(900)
+    with ThreadPoolExecutor(4) as pool, outage(faulty_s3, "refuse", 12):
+        list(pool.map(lambda _: folder.names(), range(4)))
+    lines = own_lines()
+    assert [level for level, _ in lines] == ["WARNING", "INFO"]
+    assert lines[0][1].startswith(f"Storage {bucket} does not answer (")
+    assert lines[0][1].endswith("trying again for up to 15 min.")
+    assert lines[1][1].startswith(f"Storage {bucket} answers again after ")
+    with outage(faulty_s3, "503"):
+        folder.names()
+    assert len(own_lines()) == 4
+    with patience(0), outage(faulty_s3, "503", 1), pytest.raises(StorageUnavailableError):
+        folder.names()
+    assert len(own_lines()) == 4  # the caller reports what was not waited for
+
+
+def test_waiting_can_be_interrupted(bucket: str, faulty_s3: FaultyServer) -> None:
+    faulty_s3.mode = "refuse"
+    set_patience(900)
+
+    def interrupt() -> None:
+        faulty_s3.wait_for("refuse", 3)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        locate(bucket).names()
+    thread.join()
+    assert not storage._outages
+
+
+def test_waiting_leaves_the_random_numbers_alone(bucket: str, faulty_s3: FaultyServer) -> None:
+    state = random.getstate()
+    with outage(faulty_s3, "refuse"):
+        locate(bucket).names()
+    assert random.getstate() == state
+
+
+def test_a_location_sent_to_another_process_has_the_same_policy(bucket: str, faulty_s3: FaultyServer) -> None:
+    sent = pickle.loads(pickle.dumps(locate(f"{bucket}/a")))
+    sent.write_bytes(b"x")
+    assert locate(f"{bucket}/a").read_bytes() == b"x"
+    faulty_s3.mode = "503"
+    with patience(0), pytest.raises(StorageUnavailableError):
+        sent.read_bytes()
+    assert faulty_s3.counts["503"] == 1  # pyarrow would try three times
+
+
+@pytest.fixture
+def answer(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], list[str]]]:
+    """Return a function that sets the answer of an S3 server and returns the requests that it will receive."""
+    current: tuple[int, str] = (200, "")
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(current[0])
+            self.end_headers()
+            if current[1]:
+                self.wfile.write(f"<Error><Code>{current[1]}</Code><Message>no</Message></Error>".encode())
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    def set_answer(status: int, code: str) -> list[str]:
+        nonlocal current
+        current = (status, code)
+        requests.clear()
+        return requests
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield set_answer
+        server.shutdown()
+        thread.join()
+
+
+CALLS: list[Callable[[Location], object]] = [
+    lambda folder: folder.exists(),
+    lambda folder: folder.names(),
+    lambda folder: folder.write_bytes(b"x"),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (301, "PermanentRedirect"),
+        (400, "AuthorizationHeaderMalformed"),
+        (400, "ExpiredToken"),
+        (401, ""),
+        (403, "AccessDenied"),
+        (403, "SignatureDoesNotMatch"),
+        (403, "InvalidAccessKeyId"),
+        (405, "MethodNotAllowed"),
+    ],
+)
+def test_what_waiting_cannot_change_is_said_at_once(
+    bucket: str, answer: Callable[[int, str], list[str]], status: int, code: str
+) -> None:
+    for call in CALLS:
+        requests = answer(status, code)
+        with pytest.raises(UserError, match=f"^Cannot [a-z]* {bucket}/a: .*AWS_ACCESS_KEY_ID"):
+            call(locate(f"{bucket}/a"))
+        assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (408, ""),
+        (409, "OperationAborted"),
+        (429, "TooManyRequests"),
+        (500, "InternalError"),
+        (502, ""),
+        (503, "ServiceUnavailable"),
+        (504, ""),
+    ],
+)
+def test_answers_that_may_change(bucket: str, answer: Callable[[int, str], list[str]], status: int, code: str) -> None:
+    for call in CALLS:
+        requests = answer(status, code)
+        with patience(0.01), pytest.raises(StorageUnavailableError, match=f"^Cannot [a-z]* {bucket}/a: "):
+            call(locate(f"{bucket}/a"))
+        assert len(requests) >= 2
+
+
+def test_throttling_with_status_400(bucket: str, answer: Callable[[int, str], list[str]]) -> None:
+    answer(400, "Throttling")
+    with patience(0), pytest.raises(StorageUnavailableError, match="THROTTLING"):
+        locate(bucket).names()
+
+
+def test_a_missing_bucket_is_asked_for_once(bucket: str, faulty_s3: FaultyServer) -> None:
+    with pytest.raises(UserError, match="bucket does not exist"):
+        locate("s3://another-bucket/a").write_bytes(b"")
+    assert faulty_s3.counts == {"ok": 1}
+
+
+@pytest.mark.parametrize("region", ["AWS_REGION", "AWS_DEFAULT_REGION", None])
+def test_region_and_endpoint_are_those_of_pyarrow(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, region: str | None
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    if region:
+        monkeypatch.setenv(region, "eu-west-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    expected, _ = fs.FileSystem.from_uri(bucket)
+    found = locate(bucket).filesystem
+    assert isinstance(expected, fs.S3FileSystem)
+    assert isinstance(found, fs.S3FileSystem)
+    assert found.region == expected.region
+    assert locate(bucket).names() == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN])
+def test_a_network_mount_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    replace, tries = Path.replace, []
+
+    def fail_twice(self: Path, target: Path) -> Path:
+        tries.append(self)
+        if len(tries) <= 2:
+            raise OSError(number, os.strerror(number))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_twice)
+    locate(tmp_path / "a").write_bytes(b"new")
+    assert len(tries) == 3
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, "no"), UserError),
+        (OSError(errno.ENOSPC, "full"), UserError),
+        (OSError(errno.EMFILE, "too many"), OSError),
+        (FileNotFoundError(errno.ENOENT, "no"), FileNotFoundError),
+        (ValueError("no"), ValueError),
+    ],
+)
+def test_local_errors_that_are_raised_at_once(tmp_path: Path, error: Exception, expected: type[Exception]) -> None:
+    tries = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(expected) as raised:
+        retried("read", locate(tmp_path), fail)
+    assert type(raised.value) in (expected, type(error))
+    assert len(tries) == 1
+
+
+def test_retried_serves_the_files_of_other_libraries(bucket: str, faulty_s3: FaultyServer) -> None:
+    location = locate(f"{bucket}/a.parquet")
+    table = pa.table({"a": list(range(1000))})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    location.write_bytes(buffer.getvalue())
+
+    def read() -> pa.Table:
+        return pq.ParquetFile(location.filesystem.open_input_file(location.path)).read()
+
+    with outage(faulty_s3, "cut"):
+        assert retried("read", location, read).equals(table)
+    tries = []
+
+    def corrupt() -> None:
+        tries.append(1)
+        raise OSError("Corrupt snappy compressed data.")
+
+    with pytest.raises(OSError, match=r"^Corrupt snappy"):  # pyarrow's word for damaged data: no outage
+        retried("read", location, corrupt)
+    assert len(tries) == 1
+
+
+def test_the_faulty_server_forwards_faithfully(bucket: str, faulty_s3: FaultyServer) -> None:
+    client, name = boto3.client("s3", endpoint_url=faulty_s3.url), bucket.removeprefix("s3://")
+    data = os.urandom((9 << 20) + 1)
+    client.upload_fileobj(io.BytesIO(data), name, "multipart")  # parts of 8 MiB
+    client.put_object(Bucket=name, Key="one/ü %+&?", Body=data[:1000], Metadata={"note": "kept"})
+    head = client.head_object(Bucket=name, Key="one/ü %+&?")
+    assert (head["ContentLength"], head["Metadata"]) == (1000, {"note": "kept"})
+    assert client.get_object(Bucket=name, Key="multipart")["Body"].read() == data
+    part = client.get_object(Bucket=name, Key="multipart", Range="bytes=5000000-8999999")
+    assert part["ContentRange"] == f"bytes 5000000-8999999/{len(data)}"
+    assert part["Body"].read() == data[5000000:9000000]
+    client.delete_objects(Bucket=name, Delete={"Objects": [{"Key": "multipart"}]})
+    client.delete_object(Bucket=name, Key="one/ü %+&?")
+    assert locate(bucket).names() in ([], ["one"])  # a folder, if the server keeps it
+    connection = http.client.HTTPConnection(faulty_s3.url.removeprefix("http://"), timeout=60)
+    connection.request("PUT", f"/{name}/chunked", body=iter([b"abc", b"", b"defg"]), encode_chunked=True)
+    assert connection.getresponse().read() == b""
+    connection.close()
+    assert (locate(bucket) / "chunked").read_bytes() == b"abcdefg"
+
+
+def test_the_faulty_server_as_a_process(bucket: str, s3_server: str, tmp_path: Path, monkeypatch) -> None:
+    control = tmp_path / "mode"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.bench.faulty_server", "--target", s3_server, "--control", str(control)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        monkeypatch.setenv("AWS_ENDPOINT_URL", process.stdout.readline().strip())
+        assert locate(bucket).names() == []
+        control.write_text("503\n")
+        with patience(0), pytest.raises(StorageUnavailableError, match="SLOW_DOWN"):
+            locate(bucket).names()
+        control.write_text("ok\n")
+        assert locate(bucket).names() == []
+    finally:
+        process.terminate()
+        process.wait(60)

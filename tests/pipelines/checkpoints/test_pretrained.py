@@ -12,7 +12,7 @@ from maskformer import DEMO, MaskFormer, Taxonomy, build_model, weights
 from maskformer.taxonomy import COCO
 from pipelines.checkpoints import pretrained
 from pipelines.checkpoints import state as checkpoint
-from pipelines.checkpoints.state import TrainingState, step_folder
+from pipelines.checkpoints.state import BestCheckpoint, TrainingState, step_folder, write_best
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import open_pack
 from pipelines.errors import UserError
@@ -40,12 +40,14 @@ def saved(model: MaskFormer, packs: dict[str, str], tiny: TrainConfig, bucket: s
         (folder / "config.json").write_bytes(about)
     state = TrainingState(5, dict(model.state_dict()), {})
     checkpoint.save(step_folder(locate(tmp_path / "run"), 5), state, replace(tiny, model=SMALL), taxonomy)
+    write_best(locate(tmp_path / "run"), BestCheckpoint(5, 0.5))
     return {
         "file": str(tmp_path / "model.safetensors"),
         "folder": str(tmp_path / "folder"),
         "file in a bucket": f"{bucket}/model.safetensors",
         "folder in a bucket": f"{bucket}/folder",
         "run": str(tmp_path / "run"),
+        "best": f"{tmp_path / 'run'}@best",
         "checkpoint": str(tmp_path / "run" / "checkpoints" / "step_00000005"),
     }
 
@@ -73,6 +75,7 @@ def test_a_model_is_read_from_every_location(
         "file in a bucket": f"{bucket}/model",
         "folder in a bucket": f"{bucket}/folder",
         "run": f"{tmp_path}/run",
+        "best": f"{tmp_path}/run",
         "checkpoint": f"{tmp_path}/run",
     }
 

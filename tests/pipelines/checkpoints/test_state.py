@@ -4,13 +4,17 @@ import contextlib
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import pytest
 import torch
+import torchvision
 
 from maskformer import build_model
 from maskformer.optim import build_optimizer
@@ -18,16 +22,20 @@ from maskformer.taxonomy import COCO, Taxonomy
 from pipelines.checkpoints import state as checkpoint
 from pipelines.checkpoints.saved_model import load_model
 from pipelines.checkpoints.state import (
+    BestCheckpoint,
     DamagedCheckpointError,
     TrainingState,
     check_files,
     load,
     newest,
+    read_best,
     read_manifest,
     step_folder,
+    write_best,
 )
 from pipelines.config.recipes import DEMO
-from pipelines.errors import UserError
+from pipelines.config.train import TrainConfig
+from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, locate, sha256
 
 CONFIG = replace(
@@ -65,6 +73,19 @@ def state(trained: tuple[dict[str, Any], dict[str, Any]]) -> Callable[[int], Tra
 @pytest.fixture
 def run(tmp_path: Path) -> Location:
     return locate(tmp_path / "run")
+
+
+@pytest.fixture
+def averaged_state(state: Callable[[int], TrainingState]) -> Callable[[int], TrainingState]:
+    """Return a function that makes the state after a step of a run with averaged weights."""
+
+    def after(step: int) -> TrainingState:
+        averaged = {name: tensor / 2 for name, tensor in state(step).model.items()}
+        return replace(
+            state(step), averaged=averaged, progress={"best": {"step": 5, "quick_pq": 0.1 + 0.2}, "no": None}
+        )
+
+    return after
 
 
 def save(run: Location, state: TrainingState) -> Path:
@@ -109,6 +130,28 @@ def test_a_state_is_read_back_bit_for_bit(
     assert_same(model.weights, saved.model)
 
 
+def test_averaged_weights_are_those_to_use_and_the_trained_ones_are_resumed(
+    run: Location, averaged_state: Callable[[int], TrainingState]
+) -> None:
+    saved = averaged_state(120)
+    save(run, saved)
+    loaded = newest(run, load)
+    assert loaded is not None
+    assert_same(vars(loaded), vars(saved))
+    assert saved.averaged is not None
+    assert_same(load_model(run).weights, saved.averaged)
+
+
+def test_a_checkpoint_of_before_averaging_is_still_read(run: Location, state: Callable[[int], TrainingState]) -> None:
+    folder, saved = save(run, state(5)), state(5)
+    torch.save({"step": 5, "optimizer": saved.optimizer}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "state.pt").read_bytes()
+    manifest["files"]["state.pt"] = {"sha256": sha256(data), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert_same(vars(load(step_folder(run, 5))), vars(saved))
+
+
 def test_no_checkpoint(run: Location) -> None:
     assert newest(run, load) is None
     (run / "checkpoints" / "step_00000005" / "state.pt").write_bytes(b"cut off")
@@ -124,7 +167,7 @@ def test_steps_are_ordered_as_numbers(run: Location, state: Callable[[int], Trai
 
 def test_files_are_checked_without_reading_them(run: Location, state: Callable[[int], TrainingState]) -> None:
     """A run is compared with its checkpoint on the driver, which must not read gigabytes of weights for that."""
-    config = replace(CONFIG, scaling=replace(CONFIG.scaling, workers=3, threads=5, device="cpu"))
+    config = with_scaling(workers=2, threads=5, device="cpu", reduction="fast")
     folder = step_folder(run, 5)
     checkpoint.save(folder, state(5), config, TAXONOMY)
     for name in FILES - {"manifest.json"}:
@@ -134,11 +177,33 @@ def test_files_are_checked_without_reading_them(run: Location, state: Callable[[
     assert manifest["step"] == 5
     assert manifest["files"].keys() == FILES - {"manifest.json"}
     found = manifest["environment"]
-    assert (found["workers"], found["threads"], found["device"]) == (3, 5, "cpu")
-    assert found["torch"] == torch.__version__
-    assert found.keys() == {"workers", "threads", "device", "torch", "cpu"}
+    assert (found["workers"], found["reduction"], found["threads"], found["device"]) == (2, "fast", 5, "cpu")
+    versions = {"torch": torch, "torchvision": torchvision, "numpy": np, "pillow": PIL}
+    for name, package in versions.items():
+        assert found[name] == package.__version__
+    assert sys.version.startswith(found["python"])
+    assert found.keys() == {"workers", "reduction", "threads", "device", *versions, "python", "cpu"}
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: model\.safetensors, state\.pt"):
         load(folder)
+
+
+def with_scaling(**changes: Any) -> TrainConfig:
+    """Return a configuration of 24 micro-batches."""
+    run = replace(CONFIG.run, global_batch=48, micro_batch=2)
+    return replace(CONFIG, run=run, scaling=replace(CONFIG.scaling, **changes))
+
+
+def test_counts_of_workers_with_the_same_bits_are_the_same_environment() -> None:
+    exact = {
+        workers: checkpoint.environment(with_scaling(workers=workers, reduction="exact"))
+        for workers in (1, 2, 3, 4, 6, 8)
+    }
+    assert exact[1] == exact[2] == exact[4] == exact[8]
+    others = [exact[1], exact[3], exact[6]]
+    others += [checkpoint.environment(with_scaling(workers=workers, reduction="fast")) for workers in (1, 2, 3)]
+    for index, one in enumerate(others):
+        assert one not in others[:index]
+    assert json.loads(json.dumps(others)) == others
 
 
 def remove_manifest(folder: Path) -> None:
@@ -254,23 +319,53 @@ def test_another_version_is_a_user_error_with_a_remedy(
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.pt"])
+@pytest.mark.parametrize("kind", [UserError, StorageUnavailableError])
 def test_unreadable_storage_is_not_a_damaged_checkpoint(
-    run: Location, state: Callable[[int], TrainingState], monkeypatch: pytest.MonkeyPatch, file: str
+    run: Location,
+    state: Callable[[int], TrainingState],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    kind: type[Exception],
 ) -> None:
-    """test_storage.py checks that an unreachable server is the UserError that is raised here."""
+    """test_storage.py checks that an unreachable server is the error that is raised here."""
     for step in (5, 10):
         save(run, state(step))
     read_bytes = Location.read_bytes
 
     def unreachable(self: Location) -> bytes:
         if self.name == file:
-            raise UserError(f"Cannot read {self}: could not connect.")
+            raise kind(f"Cannot read {self}: could not connect.")
         return read_bytes(self)
 
     monkeypatch.setattr(Location, "read_bytes", unreachable)
     for read in (lambda: load(step_folder(run, 10)), lambda: newest(run, load)):
-        with pytest.raises(UserError, match=f"^Cannot read .*step_00000010/{file}: could not connect"):
+        with pytest.raises(kind, match=f"^Cannot read .*step_00000010/{file}: could not connect"):
             read()
+
+
+@pytest.mark.parametrize("name", ["exists", "size", "names"])
+def test_a_storage_that_does_not_answer_is_not_a_damaged_checkpoint(
+    run: Location, state: Callable[[int], TrainingState], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(run, state(5))
+
+    def unavailable(self: Location) -> None:
+        raise StorageUnavailableError("No answer.")
+
+    monkeypatch.setattr(Location, name, unavailable)
+    with pytest.raises(StorageUnavailableError, match=r"^No answer"):
+        newest(run, check_files)
+
+
+def test_the_best_checkpoint_is_named_in_a_file(run: Location) -> None:
+    assert read_best(run) is None
+    write_best(run, BestCheckpoint(120, 0.1 + 0.2))
+    assert json.loads((run / "best.json").read_text()) == {"step": 120, "quick_pq": 0.1 + 0.2}
+    assert read_best(run) == BestCheckpoint(120, 0.1 + 0.2)
+    for damaged in (b"", b"{", b"[]", b'{"step": null, "quick_pq": 1}', b'{"step": 1}', b"\xff"):
+        (run / "best.json").write_bytes(damaged)
+        with pytest.raises(DamagedCheckpointError, match=r"best\.json cannot be read"):
+            read_best(run)
 
 
 def test_an_overwritten_folder_is_never_a_mix(

@@ -65,6 +65,12 @@ def test_padded_and_stacked_pixel_by_pixel(ragged: list[dict]) -> None:
     assert found.image_ids == (2**40, 2**40 + 1, 2**40 + 2)
 
 
+def test_replaced_images_are_told(ragged: list[dict]) -> None:
+    assert batch(ragged).skipped == ()
+    ragged[1]["skipped"] = "Row 5 is damaged. Image 7 took its place."
+    assert batch(ragged).skipped == ("Row 5 is damaged. Image 7 took its place.",)
+
+
 def test_index_maps_keep_all_16_bits() -> None:
     row = sample((2, 2), 0)
     row["index_map"] = np.array([[0, 255], [256, 65535]], np.uint16)
@@ -113,7 +119,7 @@ def renamed(schema: pa.Schema) -> pa.Schema:
     ("change", "message"),
     [
         (lambda good: good.drop_columns("classes"), "column classes is missing"),
-        (lambda good: good.cast(renamed(good.schema)), "schema augmented v0 instead of augmented v1"),
+        (lambda good: good.cast(renamed(good.schema)), "schema augmented v0 instead of augmented v2"),
         (lambda good: good.replace_schema_metadata(None), "schema without a name"),
         (
             lambda good: good.set_column(0, "position", good["position"].cast(pa.int32())),

@@ -101,6 +101,13 @@ FAULTY = {
     r"image id \d+ occurs more than once in the annotations .*\(1 such": lambda document: document[
         "annotations"
     ].append(first_annotation(document)),
+    r"The image id -3 in the images of .*val2017\.json does not lie in 0\.\.9223372036854775807 \(1 such.*; renumber": (
+        lambda document: document["images"][1].update(id=-3)
+    ),
+    r"The image id 9223372036854775808 in the images of .*\(2 such": lambda document: [
+        image.update(id=2**63 + number) for number, image in enumerate(document["images"][:2])
+    ],
+    r"The image id -1 in the annotations of": lambda document: first_annotation(document).update(image_id=-1),
     r"The annotation 0\d+\.png of image \d+ has no entry .*\(2 such": lambda document: document.update(
         images=document["images"][2:]
     ),

@@ -1,16 +1,19 @@
 """The images of an opened pack: all of them, those with things, an even subset."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.coco import CocoLayout
-from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, PackedSet, open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.errors import UserError
+from pipelines.storage import sha256
 from tests.pipelines.data.coco_folder import OTHER_THING, SPLIT, STUFF, THING, edit_json, write_coco_folder
 
 
@@ -61,6 +64,21 @@ def test_a_set_without_things_is_refused(tmp_path: Path) -> None:
     samples = opened(tmp_path)
     with pytest.raises(UserError, match=rf"{samples.uri} can be used: none of its 5 .*--data\.no-require-thing"):
         samples.with_things()
+
+
+def test_a_pack_with_a_negative_image_id_is_refused(tmp_path: Path) -> None:
+    """As older versions packed it."""
+    write_coco_folder(tmp_path / "coco")
+    opened(tmp_path)
+    folder = tmp_path / "packed"
+    index = pq.read_table(folder / INDEX_FILE)
+    ids = pa.array([-7, *index["image_id"].to_pylist()[1:]])
+    pq.write_table(index.set_column(0, index.schema.field(0), ids), folder / INDEX_FILE)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["index"]["sha256"] = sha256((folder / INDEX_FILE).read_bytes())
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"The pack {folder} has the image id -7, but ids must not be negative\."):
+        open_pack(str(folder))
 
 
 def test_a_subset_is_evenly_spaced(packs: dict[str, str]) -> None:

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.order import BatchSplit, permutation, samples_at, total_steps
+from pipelines.data.order import BatchSplit, dropout_seed, permutation, samples_at, total_steps
 from pipelines.errors import UserError
 
 
@@ -26,7 +27,7 @@ def test_each_position_is_independent_of_the_others() -> None:
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    orders = [permutation(1000, seed, epoch) for seed in range(3) for epoch in range(3)]
+    orders = [permutation(1000, seed, epoch) for seed in (0, 1, 2**32, 2**64 - 1) for epoch in range(3)]
     for first in range(len(orders)):
         for second in range(first):
             # Two random permutations agree in about one position.
@@ -37,6 +38,31 @@ def test_order_is_not_biased() -> None:
     positions = np.stack([np.argsort(permutation(20, 0, epoch)) for epoch in range(2000)])
     # The mean position of a sample over many epochs is the middle, 9.5, within five standard errors.
     assert np.abs(positions.mean(0) - 9.5).max() < 5 * np.sqrt((20**2 - 1) / 12 / 2000)
+
+
+def test_dropout_seeds_depend_on_every_bit_of_seed_and_position() -> None:
+    def differing(other: int, device: str) -> int:
+        return (dropout_seed(3, 1000, device) ^ other).bit_count()
+
+    for device, bits in (("cpu", 32), ("cuda", 64)):
+        of_seed = [differing(dropout_seed(3 ^ 1 << bit, 1000, device), device) for bit in range(64)]
+        of_position = [differing(dropout_seed(3, 1000 ^ 1 << bit, device), device) for bit in range(63)]
+        for counts in (of_seed, of_position):
+            assert min(counts) > 0
+            # About half of the bits change, within five standard errors.
+            assert abs(np.mean(counts) - bits / 2) < 5 * np.sqrt(bits / 4 / len(counts))
+        assert 0 <= dropout_seed(2**64 - 1, 2**63 - 1, device) < 2**bits
+
+
+def test_dropout_differs_between_seeds_and_between_positions_on_a_cpu() -> None:
+    """PyTorch's CPU generator takes the low 32 bits of a seed, which is why `dropout_seed` has no more for it."""
+
+    def drawn(seed: int) -> bytes:
+        return torch.rand(8, generator=torch.Generator().manual_seed(seed)).numpy().tobytes()
+
+    assert drawn(5) == drawn(5 + 2**40)
+    masks = {drawn(dropout_seed(seed, position)) for seed in (0, 1, 2**24, 2**40) for position in (0, 4, 2**35)}
+    assert len(masks) == 12
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(1, 12), (2, 6), (3, 4), (6, 2), (12, 1)])

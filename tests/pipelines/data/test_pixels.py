@@ -114,6 +114,20 @@ def test_index_map_equals_the_definition(seed):
     assert classes.tolist() == expected_classes
 
 
+@pytest.mark.parametrize("count", [2**16 - 1, 2**16])
+def test_an_index_map_numbers_65535_segments(count):
+    ids = np.zeros((256, 257), np.int32)
+    ids.ravel()[:count] = np.arange(1, count + 1)
+    segments = [Segment(id=identifier, category_id=THING, iscrowd=False) for identifier in range(1, count + 1)]
+    if count < 2**16:
+        found, classes = index_map(ids, segments, TAXONOMY)
+        assert np.array_equal(found, ids)
+        assert len(classes) == count
+    else:
+        with pytest.raises(ValueError, match="it has 65536 segments, but an index map can number 65535"):
+            index_map(ids, segments, TAXONOMY)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (6, 5)])
 def test_runs_reproduce_the_map_and_stay_within_rows(shape):
     ids = np.random.default_rng(1).integers(0, 3, shape).astype(np.int32)

@@ -13,8 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from ray.data import ExecutionResources
 from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.exceptions import RayError
 
 from maskformer.preprocess import resize_image, resized_shape
 from pipelines.config.recipes import DEMO
@@ -25,7 +28,7 @@ from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import permutation
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.stream import original_errors, resized_images, training_batches
-from pipelines.errors import UserError
+from pipelines.errors import StorageUnavailableError, UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
 
@@ -158,7 +161,7 @@ def damaged(samples: PackedSet, tmp_path: Path) -> tuple[PackedSet, int, str]:
 
 def test_a_damaged_row_is_named(damaged: tuple[PackedSet, int, str]) -> None:
     samples, image_id, shard = damaged
-    message = f"^Row 5 of {shard} is damaged: its bytes are not those of image {image_id} .*again.$"
+    message = f"^Row 5 of {shard} is damaged: its bytes are not those of image {image_id} .*again"
     with pytest.raises(UserError, match=message):
         list(batches(samples, np.arange(NUM_IMAGES)))
     dataset = resized_images(samples, short_side=40, long_side=60, samples_per_task=8, cpus=0.5)
@@ -166,13 +169,50 @@ def test_a_damaged_row_is_named(damaged: tuple[PackedSet, int, str]) -> None:
         list(dataset.iter_rows())
 
 
-def test_a_shard_that_cannot_be_read_is_named(samples: PackedSet, tmp_path: Path) -> None:
-    shutil.copytree(samples.uri, tmp_path / "copy")
-    copy = open_pack(str(tmp_path / "copy"))
-    Path(copy.shards[1]).write_bytes(Path(copy.shards[1]).read_bytes()[:1000])
-    first = int(copy.image_ids[np.flatnonzero(copy.shard == 1)[0]])
-    with pytest.raises(OSError, match=f"^Cannot read image {first}, row 0 of {copy.shards[1]}: .*Parquet"):
-        stream._read_row(copy.shards[1], 0, first)
+def test_a_damaged_row_is_skipped(samples: PackedSet, damaged: tuple[PackedSet, int, str]) -> None:
+    copy, image_id, _ = damaged
+    positions = np.arange(NUM_IMAGES)
+    expected = list(batches(samples, positions, samples_per_task=20))
+    found = list(batches(copy, positions, samples_per_task=20, damaged="skip"))
+    assert [batch.positions for batch in found] == [batch.positions for batch in expected]
+    assert [batch.epochs for batch in found] == [batch.epochs for batch in expected]
+    other = int(samples.image_ids[np.flatnonzero(samples.image_ids == image_id)[0] + 1])
+    for one, same in zip(found, expected, strict=True):
+        assert one.image_ids == tuple(other if i == image_id else i for i in same.image_ids)
+        if image_id in same.image_ids:
+            (text,) = one.skipped
+            assert text.endswith(f"image {image_id} as packed. Image {other} took its place.")
+        else:
+            assert one.skipped == ()
+            assert torch.equal(one.images, same.images)
+            assert torch.equal(one.index_maps, same.index_maps)
+
+
+@pytest.mark.parametrize("kind", [UserError, StorageUnavailableError])
+def test_errors_of_tasks_keep_their_kind(kind: type[Exception]) -> None:
+    def fail(table: pa.Table) -> pa.Table:
+        raise kind("Cannot read it: the reason.") from UserError("The cause.")
+
+    dataset = stream._apply(fail, [pa.table({"a": [1]})], 0.5)
+    with pytest.raises(kind, match=r"^Cannot read it: the reason\.$"):
+        stream.blocks(dataset, 0.5, "failing")
+
+
+def test_other_errors_of_tasks_stay_as_they_are() -> None:
+    def fail(table: pa.Table) -> pa.Table:
+        raise OSError("pipelines.errors.UserError: not this one")
+
+    with pytest.raises(RayError, match="not this one"):
+        stream.blocks(stream._apply(fail, [pa.table({"a": [1]})], 0.5), 0.5, "failing")
+
+
+def test_a_stream_has_one_name_in_the_metrics_of_ray(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps gauges for each name that it ever saw."""
+    monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 1)
+    stats = get_or_create_stats_actor()
+    before = set(ray.get(stats.get_datasets.remote()))
+    assert len(list(batches(samples, np.arange(24)))) == 12  # six executions
+    assert len(set(ray.get(stats.get_datasets.remote())) - before) == 1
 
 
 def test_closing_early_ends_the_thread(samples: PackedSet) -> None:

@@ -116,6 +116,16 @@ def test_segment_id_repeated(folder):
     assert faults == ["segment-id-repeated"]
 
 
+def test_more_segments_than_an_index_map_can_number(folder, monkeypatch):
+    """Of the image's segments, two are things, three are stuff of two classes, and a crowd is not numbered."""
+    monkeypatch.setattr("pipelines.data.validate.MAX_SEGMENTS", 4)
+    assert faults_of(folder) == []
+    edit_segment(folder, CROWD_SEGMENT, iscrowd=0)
+    fault = the_fault(folder, png_file(folder))
+    assert (fault.code, fault.severity, fault.segment_id) == ("segments-too-many", "error", None)
+    assert "has 5 segments to train on, but an index map can number 4;" in fault.message
+
+
 def test_stuff_marked_as_crowd_is_a_warning(folder):
     identifier = edit_segment(folder, STUFF_SEGMENT, iscrowd=1)
     fault = the_fault(folder, png_file(folder))

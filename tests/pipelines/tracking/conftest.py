@@ -25,10 +25,3 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["sqlite", "server"])
 def uri(request: pytest.FixtureRequest, database: Path) -> str:
     return f"sqlite:///{database}" if request.param == "sqlite" else request.getfixturevalue("server")[0]
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make MLflow's client fail at once instead of retrying for minutes."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -17,11 +17,17 @@ UNUSED = "http://127.0.0.1:9"
 
 
 @contextmanager
-def mlflow_server(folder: Path, seconds: float = 180) -> Iterator[tuple[str, psutil.Process]]:
-    """Run a server that keeps its database and artifacts in `folder`; yield its URI and process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def mlflow_server(folder: Path, port: int = 0, seconds: float = 180) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a server that keeps its database and artifacts in `folder`; yield its URI and process.
+
+    Args:
+        port: where it listens; 0 chooses a free port.
+        seconds: for which it may start.
+    """
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", f"{folder}/artifacts"]

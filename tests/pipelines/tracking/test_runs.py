@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from mlflow.artifacts import load_text
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.errors import UserError
+from pipelines.storage import locate
 from pipelines.tracking.runs import TrackedRun, require_reachable
+from pipelines.tracking.unsent import RunStatus, Unsent
 from tests.pipelines.tracking.mlflow_server import UNUSED
 
 CONFIG = {"recipe": "demo", "run": {"name": "run", "steps": None}, "model": {"pixel_mean": [1.0, 2.0, 3.0]}}
@@ -144,10 +147,49 @@ def test_artifacts_are_beside_the_database_not_in_the_working_directory(database
     assert len(list((database.parent / "mlartifacts").glob(f"{run.run_id}/**/config.json"))) == 1
 
 
-def test_closing_and_logging_files_to_an_absent_server_only_warn(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_absent_server_costs_seconds_and_warnings(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     run = TrackedRun(UNUSED, "0" * 32)
-    run.close("FINISHED", {})
+    start = time.monotonic()
+    run.set_status("RUNNING")
+    run.log_metrics(1, {"pq": 0.5})
     run.log_files({"report.md": b""})
-    first, second = (record.message for record in caplog.records if record.levelno == logging.WARNING)
-    assert "ended as FINISHED" in first
-    assert "report.md" in second
+    run.close("FINISHED", {})
+    assert time.monotonic() - start < 10
+    found = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    for message, part in zip(found, ["to RUNNING", "metrics of run", "report.md", "ended as FINISHED"], strict=True):
+        assert part in message
+
+    caplog.clear()
+    run.settle(locate(tmp_path))  # nothing to do
+    assert not caplog.records
+    (tmp_path / "file").touch()
+    run.close("FINISHED", {}, locate(tmp_path / "file" / "run"))  # nowhere to keep it
+    assert "Lost, since it cannot be kept either: Cannot write" in caplog.messages[-1]
+
+
+def test_a_damaged_file_of_unsent_metrics_is_named(
+    database: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = TrackedRun.open(f"sqlite:///{database}", "trials", "run", "/runs/damaged", CONFIG)
+    damaged = tmp_path / "unsent" / "metrics_000001.jsonl"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    run.settle(locate(tmp_path))
+    assert f"{damaged} does not hold metrics" in caplog.messages[-1]
+    assert damaged.exists()
+    run.close("FINISHED", {}, locate(tmp_path))
+    assert f"{damaged} does not hold metrics" in caplog.messages[-1]
+    assert run.status == "FINISHED"
+
+
+def test_a_run_that_is_gone_is_settled_with_a_warning(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unsent = Unsent(locate(tmp_path))
+    unsent.add([Metric("loss", 0.5, 1, 1)])
+    unsent.write_status(RunStatus("FINISHED"))
+    TrackedRun(uri, "0" * 32).settle(locate(tmp_path))
+    metrics, status = (record.message for record in caplog.records if record.name.startswith("pipelines"))
+    assert "rejects metrics" in metrics
+    assert "rejects the status FINISHED" in status
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The monitor's decisions, without Ray: what reaches the ledger, the log and the caller, and when a run is given up."""
 
+import json
 import logging
 import os
 import signal
@@ -12,12 +13,18 @@ from typing import Any
 
 import pytest
 import ray.train
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from pipelines.progress import StepProgress
+from pipelines.config.recipes import DEMO
 from pipelines.storage import locate
 from pipelines.training import monitor
+from pipelines.training.coordinator import DRAIN, STOP
+from pipelines.training.elastic import WorkerCount
 from pipelines.training.ledger import Ledger, read
-from pipelines.training.monitor import StopSignals, TrainCallbacks, handle_event, repeated_failure
+from pipelines.training.monitor import Ended, Monitor, StopSignals, TrainCallbacks, given_up, handle_event
+from pipelines.training.watchdog import Activity
 
 
 @pytest.fixture
@@ -25,41 +32,55 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(locate(tmp_path))
 
 
-def handle(ledger: Ledger, event: str, progress: dict[str, Any] | None = None, **facts: Any) -> None:
-    handle_event({"event": event, **facts}, progress or {}, ledger, TrainCallbacks())
+def handle(ledger: Ledger, event: str, attempt: int = 1, **facts: Any) -> None:
+    handle_event({"event": event, "attempt": attempt, "began": 1.0, **facts}, ledger, TrainCallbacks())
 
 
-def failures(*causes_and_steps: tuple[str, int]) -> list[dict[str, Any]]:
+def failures(*causes_steps_and_checkpoints: tuple[str, int, int]) -> list[dict[str, Any]]:
     """Return a ledger's events: each failure with its start before it."""
     return [
         event
-        for cause, step in causes_and_steps
-        for event in ({"event": "start", "step": 0}, {"event": "failure", "cause": cause, "step": step})
+        for cause, step, checkpoint in causes_steps_and_checkpoints
+        for event in (
+            {"event": "start", "step": 0},
+            {"event": "failure", "cause": cause, "step": step, "checkpoint": checkpoint},
+        )
     ]
 
 
 @pytest.mark.parametrize(
-    ("events", "given_up"),
+    ("events", "reason"),
     [
-        ([], False),
-        (failures(("a", 5)), False),
-        (failures(("a", 5), ("a", 5)), False),
-        (failures(("a", 5), ("a", 5), ("a", 5)), True),
-        (failures(("b", 1), ("a", 5), ("a", 5), ("a", 5)), True),  # only the last three count
-        (failures(("a", 5), ("a", 5), ("a", 6)), False),  # the run came further
-        (failures(("a", 5), ("b", 5), ("a", 5)), False),  # another cause
-        (failures(("a", 5), ("a", 5), ("a", 5), ("b", 5)), False),
+        ([], None),
+        (failures(("a", 5, 0)), None),
+        (failures(("a", 5, 0), ("a", 5, 0)), None),
+        (failures(("a", 5, 0), ("a", 5, 0), ("a", 5, 0)), "a (3 times)"),
+        (failures(("b", 1, 0), ("a", 5, 0), ("a", 5, 0), ("a", 5, 0)), "a (3 times)"),  # only the last three count
+        (failures(("a", 5, 0), ("a", 5, 0), ("a", 6, 0)), None),  # the run came further
+        (failures(("a", 5, 0), ("b", 5, 0), ("a", 5, 0)), None),  # another cause
+        (failures(("a", 1, 0), ("b", 2, 0), ("c", 3, 0), ("d", 4, 0)), None),  # as many as are allowed
+        (failures(("a", 1, 0), ("b", 2, 0), ("c", 3, 0), ("d", 4, 0), ("e", 5, 0)), "e (failure 5 in a row without"),
+        # Each failure after a new checkpoint starts a new count.
+        (failures(*((str(n), n, n // 4) for n in range(40))), None),
     ],
 )
-def test_a_run_is_given_up_after_the_same_failure_three_times(events: list[dict[str, Any]], given_up: bool) -> None:
-    assert repeated_failure(events) == ("a (3 times)" if given_up else None)
+def test_a_run_is_given_up_when_it_makes_no_progress(events: list[dict[str, Any]], reason: str | None) -> None:
+    found = given_up(events, max_failures=4)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_other_events_are_no_failures() -> None:
+    """Nodes that leave and return, any number of times, do not end a run."""
+    events = [event for _ in range(20) for event in ({"event": "start", "step": 4}, {"event": "restart", "step": 4})]
+    assert given_up(events, max_failures=0) is None
 
 
 def test_the_first_start_has_nothing_to_repeat(ledger: Ledger, tmp_path: Path) -> None:
-    handle(ledger, "start", step=0, workers=2, pids=[1, 2])
+    handle(ledger, "start", step=0, workers=2, pids=[1, 2], entered=2.0, restored=3.0)
     (event,) = read(locate(tmp_path))
     assert {key: event[key] for key in event if key != "time"} == {
         "event": "start", "attempt": 1, "step": 0, "workers": 2, "pids": [1, 2],
+        "began": 1.0, "entered": 2.0, "restored": 3.0,
     }  # fmt: skip
 
 
@@ -68,36 +89,28 @@ def test_a_restart_states_the_steps_that_are_repeated(
     ledger: Ledger, reached: int, resumed: int, lost: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "pipelines")
-    handle(ledger, "start", step=0)
-    handle(ledger, "failure", {"step": reached}, cause="worker 1: gone")
-    handle(ledger, "start", step=resumed)
-    failure, start = ledger.events[1:]
-    assert (failure["attempt"], failure["step"], failure["cause"]) == (1, reached, "worker 1: gone")
+    handle(ledger, "start", step=0, workers=2)
+    ledger.add("failure", attempt=1, step=reached, cause="worker 1: gone")
+    handle(ledger, "start", attempt=2, step=resumed, workers=2)
+    start = ledger.events[-1]
     assert (start["attempt"], start["step"], start["lost_steps"]) == (2, resumed, lost)
-    assert f"An attempt ended at step {reached}: worker 1: gone" in caplog.text
-    assert f"Resumed at step {resumed}; about {lost} steps are repeated." in caplog.text
-
-
-def test_without_progress_a_failure_is_at_the_step_of_its_start(ledger: Ledger) -> None:
-    handle(ledger, "start", step=40)
-    handle(ledger, "failure", cause="a")
-    assert ledger.events[-1]["step"] == 40
+    assert f"Resumed at step {resumed} with 2 worker(s), 0 s later; about {lost} steps are repeated." in caplog.text
 
 
 def test_after_a_lost_driver_nothing_is_known_of_the_steps(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pipelines")
-    handle(ledger, "start", step=0)
+    handle(ledger, "start", step=0, workers=2)
     ledger.add("failure", cause="the driver was lost", step=None)
-    handle(ledger, "start", step=5)
+    handle(ledger, "start", attempt=2, step=5, workers=2)
     assert ledger.events[-1]["lost_steps"] is None
-    assert "Resumed at step 5; some steps are repeated." in caplog.text
+    assert "some steps are repeated." in caplog.text
 
 
 def test_quality_is_called_back_and_stays_out_of_the_ledger(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pipelines")
     heard: list[tuple[int, float]] = []
     event = {"event": "quick PQ", "step": 20, "quick_pq/all": 0.25, "quick_pq/things": 0.125, "quick_pq/stuff": 0.5}
-    handle_event(event, {}, ledger, TrainCallbacks(on_quick_pq=lambda step, pq: heard.append((step, pq))))
+    handle_event(event, ledger, TrainCallbacks(on_quick_pq=lambda step, pq: heard.append((step, pq))))
     assert heard == [(20, 0.25)]
     assert ledger.events == []
     assert "step 20  quick PQ 25.0  (things 12.5, stuff 50.0)" in caplog.text
@@ -118,22 +131,15 @@ def test_an_unknown_event_is_not_taken_for_a_start(ledger: Ledger) -> None:
 
 
 class Coordinator:
-    """Stands in for the actor: gives its scripted events one by one, then lets the run end."""
+    """Stands in for the actor: gives its scripted events one by one, then lets the attempt end."""
 
     def __init__(self, script: list[dict[str, Any] | Callable[[], None]], future: Future[Any], outcome: Any) -> None:
         self._script, self._future, self._outcome = iter(script), future, outcome
-        self.stops, self.fatal = 0, ""
-        self.request_stop = SimpleNamespace(remote=self._request_stop)
-        self.declare_fatal = SimpleNamespace(remote=self._declare_fatal)
-        self.take_events = SimpleNamespace(remote=self._take_events)
+        self.requests: list[int] = []
+        self.exchange = SimpleNamespace(remote=self._exchange)
 
-    def _request_stop(self) -> None:
-        self.stops += 1
-
-    def _declare_fatal(self, cause: str) -> None:
-        self.fatal = cause
-
-    def _take_events(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _exchange(self, attempt: int, request: int) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+        self.requests.append(request)
         step = next(self._script, None)
         if step is None:
             if self._future.done():
@@ -144,81 +150,167 @@ class Coordinator:
                 self._future.set_result(SimpleNamespace(return_value=self._outcome))
         elif callable(step):
             step()
+        elif "beats" in step:
+            return [], step["beats"]
         else:
-            return [step], {}
+            return [{"attempt": 1, **step}], {}
         return [], {}
 
 
 @pytest.fixture
-def followed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
-    """Return a function that follows a scripted run to its end and keeps its coordinator as `followed.last`."""
+def followed(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Return a function that follows a scripted attempt to its end and keeps its coordinator as `followed.last`."""
     monkeypatch.setattr(monitor, "_POLL_SECONDS", 0.001)
-    monkeypatch.setattr(monitor.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(monitor.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(monitor, "draining_nodes", set)
 
     def follow(
-        *script: dict[str, Any] | Callable[[], None],
-        outcome: Any = None,
-        callbacks: TrainCallbacks | None = None,
-        signaled: threading.Event | None = None,
-    ) -> tuple[Any, str]:
+        *script: dict[str, Any] | Callable[[], None], outcome: Any = None, callbacks: TrainCallbacks | None = None
+    ) -> Ended:
         future: Future[Any] = Future()
         follow.last = Coordinator(list(script), future, outcome or {"status": "finished", "step": 9})  # pyright: ignore[reportFunctionMemberAccess]
-        arguments = callbacks or TrainCallbacks(), signaled or threading.Event(), StepProgress()
-        return monitor._follow(future, follow.last, ledger, *arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        watcher = Monitor(
+            locate(tmp_path), DEMO, follow.last, ledger, callbacks or TrainCallbacks(), WorkerCount(DEMO)  # pyright: ignore[reportFunctionMemberAccess]
+        )  # fmt: skip
+        try:
+            return watcher._follow(future, 1, 1.0)
+        finally:
+            watcher.close()
 
     return follow
 
 
-START, FAILURE = {"event": "start", "step": 0}, {"event": "failure", "cause": "worker 1: gone"}
+START: dict[str, Any] = {"event": "start", "step": 0, "workers": 2}
 
 
-def test_a_run_is_followed_to_its_end(followed: Any, ledger: Ledger) -> None:
-    assert followed(START) == ({"status": "finished", "step": 9}, "")
-    assert [event["event"] for event in ledger.events] == ["start", "end"]
-    assert followed.last.stops == 0
+def error(rank: int, kind: str, cause: str, step: int | None = 3) -> dict[str, Any]:
+    return {"event": "error", "rank": rank, "kind": kind, "cause": cause, "failed_step": step}
 
 
-@pytest.mark.parametrize("by", ["signal", "caller"])
-def test_a_stop_is_passed_on_once_and_ends_the_run(followed: Any, ledger: Ledger, by: str) -> None:
-    callbacks, signaled = TrainCallbacks(), threading.Event()
-    stop = (signaled if by == "signal" else callbacks.stop_requested).set
-    outcome = {"status": "stopped", "step": 4}
+def lost(**failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("", {int(rank.removeprefix("rank")): error for rank, error in failures.items()})
+
+
+ECHO = RuntimeError("Connection closed by peer [127.0.0.1]:46021")
+
+
+def test_an_attempt_is_followed_to_its_end(followed: Any, ledger: Ledger) -> None:
+    ended = followed(START)
+    assert (ended.status, ended.step, ended.final) == ("finished", 9, False)
+    assert [event["event"] for event in ledger.events] == ["start"]
+    assert set(followed.last.requests) == {0}
+
+
+def test_a_stop_is_passed_on(followed: Any) -> None:
+    callbacks = TrainCallbacks()
     idle = {"event": "warning", "text": "still running"}
-    assert followed(START, stop, idle, idle, outcome=outcome, callbacks=callbacks, signaled=signaled) == (outcome, "")
-    assert followed.last.stops == 1
-    assert ledger.events[-1]["status"] == "stopped"
-    assert callbacks.stop_requested.is_set() == (by == "caller")  # the next run of the caller is not stopped
+    ended = followed(
+        START, callbacks.stop_requested.set, idle, idle, outcome={"status": "stopped", "step": 4}, callbacks=callbacks
+    )
+    assert (ended.status, ended.step) == ("stopped", 4)
+    assert STOP in followed.last.requests
 
 
-def test_before_the_first_attempt_there_is_nothing_to_save(followed: Any) -> None:
-    signaled = threading.Event()
-    signaled.set()
+def test_before_the_workers_start_there_is_nothing_to_save(followed: Any) -> None:
+    callbacks = TrainCallbacks()
+    callbacks.stop_requested.set()
     with pytest.raises(KeyboardInterrupt):
-        followed(START, signaled=signaled)
-    assert followed.last.stops == 0
+        followed(START, callbacks=callbacks)
 
 
-def test_a_stop_does_not_wait_for_another_attempt(followed: Any) -> None:
-    """The attempt dies before it has saved; its successor may have to wait for nodes forever."""
-    signaled = threading.Event()
-    with pytest.raises(KeyboardInterrupt):
-        followed(START, signaled.set, FAILURE, START, signaled=signaled)
-    assert followed.last.stops == 1
+def test_a_failure_before_the_first_start_tells_its_cause(followed: Any, ledger: Ledger) -> None:
+    ended = followed(outcome=ray.train.ControllerError(ValueError("no room")))
+    assert (ended.status, ended.step, ended.kind) == ("failed", None, "unknown")
+    assert "ValueError: no room" in ended.cause
+    assert ledger.events == []
 
 
-def test_three_equal_failures_are_declared_fatal(followed: Any, ledger: Ledger) -> None:
-    error = ray.train.TrainingFailedError("Ray's own words")
-    assert followed(START, FAILURE, START, FAILURE, outcome=error) == (None, "worker 1: gone")
-    assert followed.last.fatal == ""
-    assert followed(START, FAILURE, START, FAILURE, START, FAILURE, outcome=error)[1] == "worker 1: gone"
-    assert followed.last.fatal == "worker 1: gone (3 times)"
-    assert ledger.events[-1]["status"] == "failed"
+@pytest.mark.parametrize(
+    ("failure", "errors", "cause", "kind", "final"),
+    [
+        (
+            lost(rank0=ECHO, rank1=ActorDiedError()),
+            [error(0, "worker", str(ECHO))],
+            "worker 1: ActorDied",
+            "worker",
+            False,
+        ),
+        (
+            lost(rank0=ECHO),
+            [error(0, "worker", "worker 0: RuntimeError: CUDA out of memory")],
+            "worker 0: Runt",
+            "worker",
+            False,
+        ),
+        (
+            lost(rank0=ECHO, rank1=ValueError()),
+            [error(0, "worker", str(ECHO)), error(1, "data", "row 7")],
+            "row 7",
+            "data",
+            True,
+        ),
+        (lost(rank0=ValueError()), [error(0, "storage", "s3 does not answer")], "s3 does", "storage", True),
+        (lost(rank0=ValueError()), [error(0, "non-finite", "step 3, worker 0")], "step 3", "non-finite", False),
+        (
+            lost(rank0=RuntimeError("The actor died because its node has died.")),
+            [],
+            "worker 0: its node",
+            "node",
+            False,
+        ),
+        (
+            ray.train.ControllerError(WorkerGroupStartupTimeoutError(2)),
+            [],
+            "Ray Train: WorkerGroupStartup",
+            "start",
+            False,
+        ),
+        (ActorDiedError(), [], "Ray Train: ActorDiedError", "unknown", False),  # Ray's controller was lost
+    ],
+)
+def test_the_cause_of_a_failure(
+    followed: Any, failure: Exception, errors: list[dict[str, Any]], cause: str, kind: str, final: bool
+) -> None:
+    ended = followed(START, *errors, outcome=failure)
+    assert ended.status == "failed"
+    assert ended.cause.startswith(cause)
+    assert (ended.kind, ended.final) == (kind, final)
 
 
-def test_a_failure_that_the_workers_return_is_the_cause(followed: Any, ledger: Ledger) -> None:
-    outcome = {"status": "failed", "cause": "step 3: not finite"}
-    assert followed(START, outcome=outcome) == (None, "step 3: not finite")
-    assert (ledger.events[-1]["status"], ledger.events[-1]["cause"]) == ("failed", "step 3: not finite")
+def test_a_step_that_is_not_finite_twice_is_final(followed: Any, ledger: Ledger) -> None:
+    ledger.add("start", step=0, attempt=1)
+    ledger.add("failure", cause="nan", cause_class="non-finite", failed_step=3, step=3, attempt=1)
+    failure, told = lost(rank0=ValueError()), error(0, "non-finite", "step 3, worker 0")
+    assert followed(START, told, outcome=failure).final
+    assert not followed(START, {**told, "failed_step": 4}, outcome=failure).final
+
+
+def test_events_of_an_attempt_before_do_not_count(followed: Any, ledger: Ledger) -> None:
+    late = {**error(0, "data", "row 7"), "attempt": 0}
+    assert followed(START, late, outcome=lost(rank1=ActorDiedError())).cause.startswith("worker 1: ActorDied")
+
+
+def test_the_step_reached_is_that_of_the_last_beat(followed: Any) -> None:
+    beats = {0: ({**Activity().beat(), "done": 12, "until": 5.0, "split": {"steps": 2.0}}, 0.0)}
+    ended = followed(START, {"beats": beats}, outcome=lost(rank1=ActorDiedError()))
+    assert ended.step == 12
+    assert (ended.facts["until"], ended.facts["split"]) == (5.0, {"steps": 2.0})
+
+
+def test_a_node_that_leaves_makes_the_workers_save(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "draining_nodes", lambda: {"b"})
+    monkeypatch.setattr(monitor, "_CLUSTER_SECONDS", 0.0)
+    beat = {**Activity().beat(), "done": 1}
+    beats = {0: ({**beat, "node_id": "a"}, 0.0), 1: ({**beat, "node_id": "b"}, 0.0)}
+    ended = followed(START, {"beats": beats}, {"beats": beats}, outcome={"status": "drained", "step": 2})
+    assert (ended.status, ended.kind) == ("drained", "drained")
+    assert DRAIN in followed.last.requests
+
+
+def test_the_status_is_written_for_others(followed: Any, tmp_path: Path) -> None:
+    followed(START)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["phase"], status["attempt"], status["began"]) == ("ended", 1, 1.0)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

@@ -71,6 +71,10 @@ def logged_losses(result: TrainResult) -> dict[int, float]:
 def assert_same_run(result: TrainResult, oracle: TrainResult) -> None:
     assert samples_by_step(Path(result.folder)) == samples_by_step(Path(oracle.folder))
     assert logged_losses(result) == logged_losses(oracle)
+    assert_same_state(result, oracle)
+
+
+def assert_same_state(result: TrainResult, oracle: TrainResult) -> None:
     ours, theirs = (checkpoint.load(checkpoint.step_folder(locate(r.folder), STEPS)) for r in (result, oracle))
     for name, tensor in theirs.model.items():
         assert torch.equal(ours.model[name], tensor), name
@@ -144,21 +148,20 @@ def test_killed_driver_leaves_no_trace(
     assert causes == ["the driver was lost"]
 
 
-def test_other_number_of_workers_keeps_the_order(untouched: TrainResult, tiny: TrainConfig) -> None:
-    """A run of one worker takes the same global batches; its sums round differently, so weights are only close."""
-    config = audited(tiny)
-    alone = fit(replace(config, scaling=replace(config.scaling, workers=1)))
+@pytest.mark.parametrize("workers", [1, 4])
+def test_other_numbers_of_workers_give_the_same_bits(untouched: TrainResult, tiny: TrainConfig, workers: int) -> None:
+    """The four micro-batches of a step are computed by one, two or four workers."""
+    other = fit(audited(tiny).with_workers(workers))
 
-    def by_step(result: TrainResult) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
+    def by_step(result: TrainResult) -> dict[int, dict[int, int]]:
+        found: dict[int, dict[int, int]] = {}
         for (step, _), line in samples_by_step(Path(result.folder)).items():
-            found.setdefault(step, []).extend(line["image_ids"])
-        return {step: sorted(ids) for step, ids in found.items()}
+            found.setdefault(step, {}).update(zip(line["positions"], line["image_ids"], strict=True))
+        return found
 
-    assert by_step(alone) == by_step(untouched)
-    ours, theirs = logged_losses(alone), logged_losses(untouched)
-    for step in range(1, 11):  # later, rounding has grown
-        assert ours[step] == pytest.approx(theirs[step], rel=1e-3)
+    assert by_step(other) == by_step(untouched)
+    assert logged_losses(other) == logged_losses(untouched)
+    assert_same_state(other, untouched)
 
 
 def test_finished_run_has_nothing_to_do(untouched: TrainResult) -> None:

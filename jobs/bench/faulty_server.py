@@ -1,0 +1,197 @@
+"""An HTTP proxy on loopback that can be told to fail, in front of an S3 server or an MLflow server.
+
+Tests run it in their own process:
+    with FaultyServer("http://127.0.0.1:9000") as server:
+        server.mode = "503"
+As a process of its own, it reads its mode from a file at each request (no file: "ok"):
+    python -m jobs.bench.faulty_server --target http://127.0.0.1:9000 --port 9001 --control /tmp/mode
+"""
+
+import argparse
+import select
+import socket
+import threading
+from collections import Counter
+from contextlib import suppress
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal, cast
+from urllib.parse import urlsplit
+
+Mode = Literal["ok", "503", "silent", "refuse", "cut"]
+
+_OF_ONE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+class FaultyServer:
+    """Forward HTTP requests to `target`, an address such as http://127.0.0.1:9000, or fail as `mode` says.
+
+    The modes:
+        ok: forward the request and its answer.
+        503: answer 503 SlowDown at once.
+        silent: read the request and answer nothing until the mode changes or the client leaves.
+        refuse: close the connection without an answer.
+        cut: forward the request, and break the body of the answer off in the middle.
+
+    Attributes:
+        counts: requests received in each mode.
+    """
+
+    def __init__(self, target: str, port: int = 0, control: Path | None = None) -> None:
+        self._mode: Mode = "ok"
+        self._control = control
+        self._received = threading.Condition()
+        self.counts: Counter[Mode] = Counter()
+
+        class Handler(_Handler):
+            server_state = self
+            target_address = urlsplit(target).netloc
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="faulty server")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def mode(self) -> Mode:
+        if self._control:
+            with suppress(FileNotFoundError):
+                return cast(Mode, self._control.read_text().strip() or "ok")
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop listening. Requests in progress are broken off at the end of the process at the latest."""
+        self._mode = "refuse"  # ends the silent requests
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> "FaultyServer":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def count(self, mode: Mode) -> None:
+        with self._received:
+            self.counts[mode] += 1
+            self._received.notify_all()
+
+    def wait_for(self, mode: Mode, requests: int, timeout: float = 60) -> bool:
+        """Wait until so many requests were received in `mode`; return whether they were, within `timeout` seconds."""
+        with self._received:
+            return self._received.wait_for(lambda: self.counts[mode] >= requests, timeout)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: FaultyServer
+    target_address: str
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def _handle(self) -> None:
+        mode = self.server_state.mode
+        self.server_state.count(mode)
+        if mode == "refuse":
+            self._break_off()
+            return
+        body = self._body()
+        if mode == "503":
+            self.send_response(503)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(_SLOW_DOWN)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(_SLOW_DOWN)
+            return
+        while self.server_state.mode == "silent":
+            if select.select([self.connection], [], [], 0.05)[0]:  # nothing but the end can arrive here
+                self.close_connection = True
+                return
+        if self.server_state.mode == "refuse":
+            self._break_off()
+            return
+        self._forward(body, cut=mode == "cut")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = _handle  # the names http.server calls
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass  # trailers
+        return b"".join(chunks)
+
+    def _forward(self, body: bytes, cut: bool) -> None:
+        target = HTTPConnection(self.target_address, timeout=120)
+        try:
+            target.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in _OF_ONE_CONNECTION | {"content-length"}:
+                    target.putheader(name, value)
+            if body or self.command in ("PUT", "POST", "PATCH"):
+                target.putheader("Content-Length", str(len(body)))
+            target.endheaders(body or None)
+            answer = target.getresponse()
+            self.send_response_only(answer.status, answer.reason)
+            for name, value in answer.getheaders():
+                if name.lower() not in _OF_ONE_CONNECTION:
+                    self.send_header(name, value)
+            bodyless = self.command == "HEAD" or answer.status in (204, 304)
+            chunked = answer.length is None and not bodyless
+            if chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            if cut and not bodyless:
+                data = answer.read()
+                self.wfile.write(data[: len(data) // 2])
+                self._break_off()
+                return
+            while data := answer.read(1 << 16):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+            if chunked:
+                self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:  # of the client or of the target
+            self._break_off()
+        finally:
+            target.close()
+
+    def _break_off(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="address of the server, such as http://127.0.0.1:9000")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--control", type=Path, required=True, help="file that holds the mode")
+    arguments = parser.parse_args()
+    with FaultyServer(arguments.target, arguments.port, arguments.control) as server:
+        print(server.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()

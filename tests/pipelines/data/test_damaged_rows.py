@@ -1,0 +1,282 @@
+"""Rows of a pack that cannot be read, at once or at all. The operators of the streams are called without Ray."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.bench.faulty_server import FaultyServer
+from pipelines import storage
+from pipelines.config.recipes import DEMO
+from pipelines.data import stream
+from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.data.order import samples_at
+from pipelines.errors import StorageUnavailableError, UserError
+
+SEED, NUM_IMAGES, ROWS_PER_SHARD = 5, 80, 16
+
+
+@pytest.fixture(autouse=True)
+def no_open_shards() -> None:
+    stream._open_shard.cache_clear()
+
+
+@pytest.fixture
+def intact(packs: dict[str, str]) -> PackedSet:
+    return open_pack(packs["train"])
+
+
+@pytest.fixture
+def samples(intact: PackedSet, tmp_path: Path) -> PackedSet:
+    """Return a copy of the pack, to be damaged."""
+    shutil.copytree(intact.uri, tmp_path / "copy")
+    return open_pack(str(tmp_path / "copy"))
+
+
+def damaged(content: bytes, row: int) -> bytes:
+    """Flip a bit in the middle of an image of a shard."""
+    image = pq.read_table(pa.BufferReader(content)).to_pylist()[row]["image"]
+    changed = bytearray(content)
+    changed[content.index(image) + len(image) // 2] ^= 1
+    return bytes(changed)
+
+
+def damage(samples: PackedSet, *indices: int) -> None:
+    """Flip a bit in these images of the set."""
+    for index in indices:
+        file = Path(samples.shards[samples.shard[index]])
+        file.write_bytes(damaged(file.read_bytes(), int(samples.row[index])))
+
+
+def augmented(samples: PackedSet, positions: np.ndarray, policy: str = "stop", patience: float = 0) -> list[dict]:
+    operator = stream._LoadAndAugment(
+        samples.shards,
+        samples.taxonomy,
+        SEED,
+        DEMO.data.augment,
+        patience,
+        samples if policy == "skip" else None,
+    )
+    return [row for t in stream._sample_tables(samples, positions, SEED, 16) for row in operator(t).to_pylist()]
+
+
+def index_at(position: int) -> int:
+    return int(samples_at(np.array([position]), NUM_IMAGES, SEED)[1][0])
+
+
+def read(samples: PackedSet, index: int, patience: float = 0) -> dict[str, Any]:
+    with storage.patience(patience):
+        return stream._read_row(
+            samples.shards[samples.shard[index]], int(samples.row[index]), int(samples.image_ids[index])
+        )
+
+
+# ---- reading again
+
+
+def test_a_shard_that_was_replaced_is_opened_again(intact: PackedSet, samples: PackedSet, tmp_path: Path) -> None:
+    """The file that is open stays damaged, as its bytes stay on the disk until it is closed."""
+    damage(samples, 21)
+    shard = samples.shards[samples.shard[21]]
+    read(samples, 22)  # opens the shard
+    shutil.copy(intact.shards[1], tmp_path / "good")
+    (tmp_path / "good").replace(shard)
+    assert read(samples, 21) == read(intact, 21)
+
+
+def test_a_shard_with_other_rows_is_opened_again(intact: PackedSet, samples: PackedSet, tmp_path: Path) -> None:
+    shard = Path(samples.shards[1])
+    table = pq.read_table(shard)
+    pq.write_table(table.slice(0, 2), shard, row_group_size=1)
+    read(samples, 16)
+    shutil.copy(intact.shards[1], tmp_path / "good")
+    (tmp_path / "good").replace(shard)
+    assert read(samples, 31) == read(intact, 31)
+
+
+class FailingFile(pq.ParquetFile):
+    """A file that once fails with EIO as long as `failing` says so, and then forever."""
+
+    failing = 0
+    opened = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        FailingFile.opened += 1
+        self.broken = False
+
+    def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
+        if FailingFile.failing:
+            FailingFile.failing -= 1
+            self.broken = True
+        if self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read_row_group(*args, **options)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingFile]:
+    monkeypatch.setattr(stream.pq, "ParquetFile", FailingFile)
+    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
+    FailingFile.failing = FailingFile.opened = 0
+    return FailingFile
+
+
+def test_a_read_is_repeated_with_a_new_file(intact: PackedSet, failing: type[FailingFile]) -> None:
+    failing.failing = 3
+    assert read(intact, 21, patience=60)["image_id"] == intact.image_ids[21]
+    assert failing.opened == 4
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_storage_that_is_away_is_no_damage(intact: PackedSet, failing: type[FailingFile], policy: str) -> None:
+    failing.failing = 10**9
+    with pytest.raises(StorageUnavailableError, match=r"^Cannot read .*shard-0000\d\.parquet: .* did not answer"):
+        augmented(intact, np.arange(2), policy)
+    resize = stream._LoadAndResize(intact.shards, 40, 60, 0)
+    with pytest.raises(StorageUnavailableError):
+        resize(stream._rows_to_read(intact.image_ids, intact.shard, intact.row))
+
+
+def test_a_fault_of_this_machine_is_no_damage(intact: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restarted workers may succeed, so it is neither the user's nor the row's fault."""
+
+    def no_descriptors(uri: str) -> pq.ParquetFile:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    no_descriptors.cache_clear = lambda: None  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(stream, "_open_shard", no_descriptors)
+    with pytest.raises(OSError, match=rf"Cannot read image {intact.image_ids[3]}, row 3 of .*Too many open files"):
+        augmented(intact.take(np.array([3])), np.arange(1), "skip")
+
+
+# ---- the policy
+
+
+def test_stop_names_the_row(samples: PackedSet) -> None:
+    damage(samples, index_at(3))
+    shard, row = samples.shards[samples.shard[index_at(3)]], samples.row[index_at(3)]
+    image_id = samples.image_ids[index_at(3)]
+    message = (
+        rf"^Row {row} of {shard} is damaged: .* not those of image {image_id} as packed\. .*--data\.damaged skip.*\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        augmented(samples, np.arange(10))
+    resize = stream._LoadAndResize(samples.shards, 40, 60, 0)
+    with pytest.raises(UserError, match=rf"^Row {row} of {shard} is damaged: .* prepare_data.py again\.$"):
+        resize(stream._rows_to_read(samples.image_ids, samples.shard, samples.row))
+
+
+def test_skip_trains_on_the_next_image(intact: PackedSet, samples: PackedSet) -> None:
+    """Also on the one after the next, and after the last comes the first. All other samples stay as they are."""
+    first, last = 40, NUM_IMAGES - 1
+    damage(samples, first, first + 1, last)
+    positions = np.arange(70, 170)  # the end of an epoch, all of the next, and more
+    expected, found = augmented(intact, positions), augmented(samples, positions, "skip")
+    epochs, indices = samples_at(positions, NUM_IMAGES, SEED)
+    replaced = {first: first + 2, first + 1: first + 2, last: 0}
+    assert sum(index in replaced for index in indices) >= 3
+    for place, (epoch, index) in enumerate(zip(epochs, indices, strict=True)):
+        if index not in replaced:
+            assert found[place] == expected[place]
+            assert found[place]["skipped"] is None
+            continue
+        other = replaced[index]
+        # In the same epoch, the replacement is also at its own position.
+        same_epoch = next(p for p in range(epoch * NUM_IMAGES, (epoch + 1) * NUM_IMAGES) if index_at(p) == other)
+        (own,) = augmented(intact, np.array([same_epoch]))
+        text = found[place]["skipped"]
+        assert found[place] == {**own, "position": positions[place], "skipped": text}
+        assert text.startswith(f"Row {samples.row[index]} of {samples.shards[samples.shard[index]]} is damaged")
+        assert f"image {samples.image_ids[index]} " in text
+        assert text.endswith(f"Image {samples.image_ids[other]} took its place.")
+
+
+def test_a_missing_shard_is_skipped(samples: PackedSet) -> None:
+    Path(samples.shards[1]).unlink()
+    one = samples.take(np.array([16]))  # trains on the first row of the shard alone
+    with pytest.raises(UserError, match=rf"^Row 0 of {samples.shards[1]}, image .*, .*: the file does not exist\. "):
+        augmented(one, np.arange(1))
+    found = augmented(samples, np.arange(NUM_IMAGES), "skip")
+    at = {index_at(position): row for position, row in enumerate(found)}
+    shard_2 = samples.image_ids[32:48]
+    assert all(at[index]["image_id"] == shard_2[0] for index in range(16, 32))
+    assert sum(row["skipped"] is not None for row in found) == ROWS_PER_SHARD
+
+
+@pytest.mark.parametrize("length", [0, 3, 1000])
+def test_a_truncated_shard_is_skipped(samples: PackedSet, length: int) -> None:
+    file = Path(samples.shards[0])
+    file.write_bytes(file.read_bytes()[:length])
+    (position,) = (p for p in range(NUM_IMAGES) if index_at(p) == 3)
+    (row,) = augmented(samples, np.array([position]), "skip")
+    assert row["image_id"] == samples.image_ids[16]
+    assert "cannot be used: Parquet" in row["skipped"]
+
+
+def test_skipping_ends_where_nothing_can_be_read(samples: PackedSet) -> None:
+    for shard in samples.shards:
+        Path(shard).unlink()
+    with pytest.raises(UserError, match=r"does not exist\. Nor can 12 images after it .*prepare_data\.py again\.$"):
+        augmented(samples, np.arange(1), "skip")
+
+
+def test_an_image_with_too_many_segments_is_named(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions packed it."""
+    monkeypatch.setattr("pipelines.data.pixels.MAX_SEGMENTS", 0)
+    with pytest.raises(
+        UserError, match=r"^Row \d+ of .*, image \d+, cannot be used: it has \d+ segments, but an index"
+    ):
+        augmented(samples, np.arange(1))
+
+
+def test_replacements_come_from_several_shards() -> None:
+    shard = np.repeat(np.arange(5), 6)
+    assert stream._following(shard, 3) == [4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19]
+    assert stream._following(np.zeros(3, int), 1) == [2, 0]
+    assert stream._following(np.zeros(1, int), 0) == []
+
+
+# ---- S3
+
+
+@pytest.fixture
+def remote(intact: PackedSet, faulty_s3: FaultyServer, bucket: str) -> PackedSet:
+    location = storage.locate(f"{bucket}/pack")
+    for file in sorted(Path(intact.uri).iterdir()):
+        (location / file.name).write_bytes(file.read_bytes())
+    return open_pack(f"{bucket}/pack")
+
+
+@pytest.mark.parametrize("mode", ["503", "refuse", "cut"])
+def test_a_read_waits_for_s3(remote: PackedSet, intact: PackedSet, faulty_s3: FaultyServer, mode: Any) -> None:
+    expected = augmented(intact, np.arange(2))
+    assert augmented(remote, np.arange(2)) == expected  # opens shards
+    faulty_s3.mode = mode
+    with pytest.raises(StorageUnavailableError, match="did not answer"):
+        augmented(remote, np.arange(2), "skip")
+    found: list[list[dict]] = []
+    reader = threading.Thread(target=lambda: found.append(augmented(remote, np.arange(2), patience=120)))
+    faulty_s3.counts.clear()
+    reader.start()
+    assert faulty_s3.wait_for(mode, 2)
+    faulty_s3.mode = "ok"
+    reader.join()
+    assert found == [expected]
+
+
+def test_an_object_that_was_deleted_is_skipped(remote: PackedSet) -> None:
+    """The open file says so in other words than a new one."""
+    read(remote, 16)
+    storage.locate(remote.shards[1]).delete()
+    (position,) = (p for p in range(NUM_IMAGES) if index_at(p) == 17)
+    (row,) = augmented(remote, np.array([position]), "skip", patience=60)
+    assert row["image_id"] == remote.image_ids[32]
+    assert "the file does not exist" in row["skipped"]
