@@ -21,7 +21,15 @@ from urllib.parse import urlsplit
 
 Mode = Literal["ok", "503", "silent", "refuse", "cut"]
 
-_OF_ONE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "expect"}
+_OF_ONE_CONNECTION = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "te",
+    "trailer",
+    "upgrade",
+    "expect",
+}  # codespell:ignore te
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 

@@ -13,8 +13,8 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
@@ -30,6 +30,9 @@ from pipelines.config.train import ScalingConfig, TrainConfig
 from pipelines.data.augment_config import AugmentConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
     from pipelines.data.batch import PanopticBatch
     from pipelines.planning.performance import Rows
 
@@ -150,8 +153,7 @@ def _member(rank: int, flags: Scaling, store: str, answer: Any) -> None:
     batches, device = [_batch()], torch.device("cpu")
 
     def step(n: int, together: bool) -> None:
-        with nullcontext() if together else models[n].no_sync():
-            train_step(models[n], optimizers[n], batches, 3.0, 1e-3, DEMO, device)
+        train_step(_Grouped(models[n], together), optimizers[n], batches, 3.0, 1e-3, DEMO, device)
 
     def agree(n: int) -> None:
         numbers = torch.zeros(2, dtype=torch.float64)
@@ -173,6 +175,25 @@ def _member(rank: int, flags: Scaling, store: str, answer: Any) -> None:
         answer.send(dict(times))
     dist.barrier()
     dist.destroy_process_group()
+
+
+class _Grouped:
+    """The reduction of one micro-batch of a process group by DDP; or none at all."""
+
+    def __init__(self, model: "DistributedDataParallel", together: bool) -> None:
+        self.model: nn.Module = model
+        self.parameters: list[nn.Parameter] = list(model.parameters())
+        self.turns: list[int] = [0]
+        self.scale: float = 1.0
+        self._ddp, self._together = model, together
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        with nullcontext() if self._together else self._ddp.no_sync():
+            yield
+
+    def finish(self) -> None:
+        pass
 
 
 def _batch() -> "PanopticBatch":

@@ -166,9 +166,9 @@ def test_ec2_knows_every_field_of_a_machine() -> None:
 
 def require_room(recipe: TrainConfig, gpus: float, cpus: float, cpus_per_gpu_node: float) -> None:
     scaling = recipe.scaling
-    assert gpus == scaling.workers
+    assert gpus == scaling.max_workers
     assert cpus_per_gpu_node >= 8 * scaling.cpus_per_worker  # else eight workers do not fit on eight GPUs
-    assert cpus >= scaling.workers * scaling.cpus_per_worker + scaling.data_cpus
+    assert cpus >= scaling.max_workers * scaling.cpus_per_worker + scaling.data_cpus
 
 
 @pytest.mark.parametrize("folder", RECIPES)
@@ -204,9 +204,9 @@ def test_aws_holds_both_recipes(nodes: int, recipe: TrainConfig) -> None:
 def test_own_machines_are_eight_of_eight_gpus() -> None:
     text = (CLUSTER / "ray-up" / "machines.yaml").read_text()
     with_gpus, without = re.findall(r"(?:^    - 192\.0\.2\.\d+\n)+", text, re.M)
-    assert 8 * len(with_gpus.splitlines()) == SWIN_L_MMDET.scaling.workers
+    assert 8 * len(with_gpus.splitlines()) == SWIN_L_MMDET.scaling.max_workers
     scaling = SWIN_L_MMDET.scaling
-    assert f"fewer than {scaling.cpus_per_worker + scaling.data_cpus / scaling.workers:g} CPUs for each GPU" in text
+    assert f"fewer than {scaling.cpus_per_worker + scaling.data_cpus / scaling.max_workers:g} CPUs for each GPU" in text
     assert len(without.splitlines()) > 0
 
 

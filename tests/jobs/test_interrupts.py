@@ -87,5 +87,5 @@ def test_stopped_twice_and_finished(
     assert job.wait(600) == 0, log.read_text()
     assert [event["step"] for event in attempts()] == [0, first, second]
     assert re.search(rf"^finished at step {STEPS}: ", log.read_text(), re.MULTILINE)
-    workers = config.scaling.workers
+    workers = config.scaling.max_workers
     assert sorted(steps_done()) == [step for step in range(STEPS) for _ in range(workers)]  # none lost, none again

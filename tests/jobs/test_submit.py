@@ -403,7 +403,7 @@ def test_stopped_it_saves_and_submitted_again_it_resumes(
     assert client.get_job_status("second") == JobStatus.SUCCEEDED
     starts = [event["step"] for event in ledger.read(locate(str(run))) if event["event"] == "start"]
     assert starts == [0, stopped]
-    assert sorted(steps_done()) == [step for step in range(STEPS) for _ in range(config.scaling.workers)]
+    assert sorted(steps_done()) == [step for step in range(STEPS) for _ in range(config.scaling.max_workers)]
 
 
 @pytest.mark.ray
