@@ -25,11 +25,11 @@ _OF_ONE_CONNECTION = {
     "connection",
     "keep-alive",
     "transfer-encoding",
-    "te",
+    "te",  # codespell:ignore te
     "trailer",
     "upgrade",
     "expect",
-}  # codespell:ignore te
+}
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
