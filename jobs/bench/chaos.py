@@ -182,10 +182,9 @@ def freeze_worker(trial: Trial) -> None:
 def lose_node(trial: Trial) -> None:
     """A node's raylet and all its processes die; another node comes."""
     trial.attempt(1)
-    step = trial.step()
+    step = trial.step(last=STEPS - 6)
     trial.reached(step)
-    nodes = trial.cluster.nodes  # pyright: ignore[reportAttributeAccessIssue] -- set by `_cluster`
-    index = trial.chance.randrange(len(nodes))
+    nodes, index = _node_with_workers(trial)
     trial.cluster.lose(nodes[index])
     trial.done.append(f"loss of a node at step {step}")
     nodes[index] = trial.cluster.add(Node(1))
@@ -194,10 +193,9 @@ def lose_node(trial: Trial) -> None:
 def drain_node(trial: Trial) -> None:
     """A node is announced to leave, and another one comes."""
     trial.attempt(1)
-    step = trial.step()
+    step = trial.step(last=STEPS - 8)
     trial.reached(step)
-    nodes = trial.cluster.nodes  # pyright: ignore[reportAttributeAccessIssue]
-    index = trial.chance.randrange(len(nodes))
+    nodes, index = _node_with_workers(trial)
     leaving = nodes[index]
     nodes[index] = trial.cluster.add(Node(1))
     command = [
@@ -209,6 +207,15 @@ def drain_node(trial: Trial) -> None:
     trial.done.append(f"notice that a node leaves at step {step}")
     _wait(lambda: [e for e in trial.events() if e["event"] in ("restart", "end")], "the end of the attempt")
     trial.cluster.lose(leaving)
+
+
+def _node_with_workers(trial: Trial) -> tuple[list[Any], int]:
+    """Return the nodes that may be lost, and the index of one that has workers now."""
+    nodes = trial.cluster.nodes  # pyright: ignore[reportAttributeAccessIssue] -- set by `_world`
+    pids = [event for event in trial.events() if event["event"] == "start"][-1]["pids"]
+    raylets = {psutil.Process(pid).ppid() for pid in pids}
+    of_workers = [index for index, node in enumerate(nodes) if node.all_processes["raylet"][0].process.pid in raylets]
+    return nodes, trial.chance.choice(of_workers)
 
 
 def fail_storage(trial: Trial) -> None:
@@ -228,7 +235,7 @@ def fail_storage_in_recovery(trial: Trial) -> None:
 
 def _pass(trial: Trial) -> int:
     """Wait until a run on S3, which has no log of samples, has reached about a random step."""
-    time.sleep(trial.chance.uniform(0, 4))
+    time.sleep(trial.chance.uniform(0, 8))
     return trial._status().get("step") or 0
 
 

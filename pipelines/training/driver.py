@@ -255,7 +255,7 @@ def _lost_driver(run: PreparedRun) -> dict[str, Any]:
     try:
         file = run.folder / "status.json"
         status = json.loads(file.read_text()) if file.exists() else {}
-        known = ("attempt", "step", "until", "split", "checkpoint")
+        known = ("attempt", "until", "split", "checkpoint")  # the step may be some seconds old
         return {**facts, **{key: status[key] for key in known if status.get(key) is not None}}
     except (UserError, StorageUnavailableError, OSError, ValueError, AttributeError) as error:
         logger.debug("The last status cannot be read. %s", error)

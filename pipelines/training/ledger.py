@@ -80,7 +80,7 @@ class Ledger:
     @property
     def reached(self) -> int:
         """The most steps that an attempt is known to have done."""
-        return max((event.get("step") or 0 for event in self.events), default=0)
+        return max((event.get(key) or 0 for event in self.events for key in ("step", "checkpoint")), default=0)
 
     @property
     def non_finite_steps(self) -> frozenset[int]:
