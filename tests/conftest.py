@@ -15,7 +15,7 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
-from jobs.bench.faulty_server import FaultyServer
+from jobs.bench.shared.faulty_server import FaultyServer
 from pipelines.cluster.session import session
 from pipelines.config.recipes import DEMO
 from pipelines.config.train import TrainConfig

@@ -109,7 +109,7 @@ class ScalingConfig:
     max_failures: int = 8
     """Failures in a row without a new checkpoint after which the run fails."""
     node_wait: float = 120
-    """Seconds that a range of workers waits for a lost node before the run continues with fewer."""
+    """Seconds to wait for a lost node before continuing with fewer workers. Only for a range of workers."""
     storage_patience: float = 900
     """Seconds to wait for a storage that does not answer before the run fails."""
     hang_timeout: float = 300

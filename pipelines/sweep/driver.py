@@ -86,20 +86,21 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
     mlflow_run = TrackedRun(prepared.config.tracking.uri, earlier_id)
     if store.open:
         check_locations(prepared.config)
-        with locked(prepared.folder, "sweep"), session():
+        with session():
             at_once = min(trials_at_once(prepared.config, config.concurrency), len(store.open))
-            mlflow_run = _start(prepared, record, store)
-            logger.info(
-                "Sweep %s: %d trials of %d steps, %d of them already ended, %d at a time.",
-                name, len(store.records), prepared.total_steps, len(store.records) - len(store.open), at_once,
-            )  # fmt: skip
-            try:
-                _catch_up(mlflow_run.uri, store)
-                runs = {key: _child_of(mlflow_run, run) for key, run in runs.items()}
-                _run(runs, store, config, at_once)
-            except BaseException as error:
-                mlflow_run.close("KILLED", {"cause": type(error).__name__}, store.folder)
-                raise
+            with locked(prepared.folder, "sweep"):
+                mlflow_run = _start(prepared, record, store)
+                logger.info(
+                    "Sweep %s: %d trials of %d steps, %d of them already ended, %d at a time.",
+                    name, len(store.records), prepared.total_steps, len(store.records) - len(store.open), at_once,
+                )  # fmt: skip
+                try:
+                    _catch_up(mlflow_run.uri, store)
+                    runs = {key: _child_of(mlflow_run, run) for key, run in runs.items()}
+                    _run(runs, store, config, at_once)
+                except BaseException as error:
+                    mlflow_run.close("KILLED", {"cause": type(error).__name__}, store.folder)
+                    raise
     store.prune(config.keep_gigabytes)
     if store.open:
         mlflow_run.close("KILLED", {"status": "stopped"}, store.folder)

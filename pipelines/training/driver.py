@@ -90,14 +90,15 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
         mlflow_run.settle(run.folder)
         return _result("finished", run, done, mlflow_run)
     preflight.check_locations(config)
-    with locked(run.folder, "run"), session():
-        earlier = preflight.earlier_record(run)  # once more: while this driver waited, another one may have begun
+    with session():
         preflight.check_cluster(config)
-        set_patience(config.scaling.storage_patience)
-        mlflow_run = _tracked(run, earlier)
-        record = {**run.record, "mlflow_run_id": mlflow_run.run_id}
-        (run.folder / "config.json").write_text(json.dumps(record, indent=1))
-        return _train(run, mlflow_run, callbacks or TrainCallbacks())
+        with locked(run.folder, "run"):
+            earlier = preflight.earlier_record(run)  # once more: while this driver waited, another one may have begun
+            set_patience(config.scaling.storage_patience)
+            mlflow_run = _tracked(run, earlier)
+            record = {**run.record, "mlflow_run_id": mlflow_run.run_id}
+            (run.folder / "config.json").write_text(json.dumps(record, indent=1))
+            return _train(run, mlflow_run, callbacks or TrainCallbacks())
 
 
 def _finished_at(run: PreparedRun) -> int | None:

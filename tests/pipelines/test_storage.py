@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from jobs.bench.faulty_server import FaultyServer, Mode
+from jobs.bench.shared.faulty_server import FaultyServer, Mode
 from pipelines import storage
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, absolute, is_remote, locate, patience, retried, set_patience, sha256
@@ -548,24 +548,3 @@ def test_the_faulty_server_forwards_faithfully(bucket: str, faulty_s3: FaultySer
     assert connection.getresponse().read() == b""
     connection.close()
     assert (locate(bucket) / "chunked").read_bytes() == b"abcdefg"
-
-
-def test_the_faulty_server_as_a_process(bucket: str, s3_server: str, tmp_path: Path, monkeypatch) -> None:
-    control = tmp_path / "mode"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.bench.faulty_server", "--target", s3_server, "--control", str(control)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout
-        monkeypatch.setenv("AWS_ENDPOINT_URL", process.stdout.readline().strip())
-        assert locate(bucket).names() == []
-        control.write_text("503\n")
-        with patience(0), pytest.raises(StorageUnavailableError, match="SLOW_DOWN"):
-            locate(bucket).names()
-        control.write_text("ok\n")
-        assert locate(bucket).names() == []
-    finally:
-        process.terminate()
-        process.wait(60)

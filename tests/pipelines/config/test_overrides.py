@@ -13,7 +13,8 @@ from tests.pipelines.config.settings import another, field_types_of, setting, wi
 
 RESUMABLE = (
     "scaling", "checkpoint", "evaluation", "tracking", "run.storage", "run.sample_log",
-    "data.train", "data.val", "data.samples_per_task", "data.prefetch",
+    "run.non_finite", "run.patience",
+    "data.train", "data.val", "data.samples_per_task", "data.prefetch", "data.damaged",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.bench.faulty_server import FaultyServer
+from jobs.bench.shared.faulty_server import FaultyServer
 from pipelines import storage
 from pipelines.config.recipes import DEMO
 from pipelines.data import stream

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.bench.faulty_server import FaultyServer, Mode
+from jobs.bench.shared.faulty_server import FaultyServer, Mode
 from pipelines.storage import locate
 from pipelines.tracking import metric_log
 from pipelines.tracking.metric_log import MetricLog

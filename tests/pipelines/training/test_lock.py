@@ -21,7 +21,7 @@ import pytest
 from botocore.exceptions import ClientError, IncompleteReadError, NoCredentialsError
 from moto.s3.responses import S3Response
 
-from jobs.bench.faulty_server import FaultyServer
+from jobs.bench.shared.faulty_server import FaultyServer
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, locate, patience
 from pipelines.training import lock

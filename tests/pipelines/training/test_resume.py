@@ -151,7 +151,8 @@ def test_killed_driver_leaves_no_trace(
 @pytest.mark.parametrize("workers", [1, 4])
 def test_other_numbers_of_workers_give_the_same_bits(untouched: TrainResult, tiny: TrainConfig, workers: int) -> None:
     """The four micro-batches of a step are computed by one, two or four workers."""
-    other = fit(audited(tiny).with_workers(workers))
+    scaling = replace(tiny.scaling, workers=workers, cpus_per_worker=0.25)
+    other = fit(audited(replace(tiny, scaling=scaling)))
 
     def by_step(result: TrainResult) -> dict[int, dict[int, int]]:
         found: dict[int, dict[int, int]] = {}

@@ -1,13 +1,9 @@
 """An HTTP proxy on loopback that can be told to fail, in front of an S3 server or an MLflow server.
 
-Tests run it in their own process:
-    with FaultyServer("http://127.0.0.1:9000") as server:
-        server.mode = "503"
-As a process of its own, it reads its mode from a file at each request (no file: "ok"):
-    python -m jobs.bench.faulty_server --target http://127.0.0.1:9000 --port 9001 --control /tmp/mode
+with FaultyServer("http://127.0.0.1:9000") as server:
+    server.mode = "503"
 """
 
-import argparse
 import select
 import socket
 import threading
@@ -15,8 +11,7 @@ from collections import Counter
 from contextlib import suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 from urllib.parse import urlsplit
 
 Mode = Literal["ok", "503", "silent", "refuse", "cut"]
@@ -47,9 +42,8 @@ class FaultyServer:
         counts: requests received in each mode.
     """
 
-    def __init__(self, target: str, port: int = 0, control: Path | None = None) -> None:
-        self._mode: Mode = "ok"
-        self._control = control
+    def __init__(self, target: str) -> None:
+        self.mode: Mode = "ok"
         self._received = threading.Condition()
         self.counts: Counter[Mode] = Counter()
 
@@ -57,30 +51,19 @@ class FaultyServer:
             server_state = self
             target_address = urlsplit(target).netloc
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="faulty server")
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    @property
-    def mode(self) -> Mode:
-        if self._control:
-            with suppress(FileNotFoundError):
-                return cast(Mode, self._control.read_text().strip() or "ok")
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        self._mode = mode
-
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """Stop listening. Requests in progress are broken off at the end of the process at the latest."""
-        self._mode = "refuse"  # ends the silent requests
+        self.mode = "refuse"  # ends the silent requests
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -187,19 +170,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="address of the server, such as http://127.0.0.1:9000")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one")
-    parser.add_argument("--control", type=Path, required=True, help="file that holds the mode")
-    arguments = parser.parse_args()
-    with FaultyServer(arguments.target, arguments.port, arguments.control) as server:
-        print(server.url, flush=True)
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        main()
