@@ -48,6 +48,7 @@ _PERMANENT = re.compile(  # answers of S3 that stay the same, in the words of py
     r"|UNKNOWN \(HTTP status (3\d\d|4(?!08|09|25|29)\d\d)\))"  # but timeout, conflict, too early, too many requests
     r"|curlCode: (3|60|77),"  # malformed address; certificate
 )
+_DELETED = re.compile(r"AWS Error NO_SUCH_KEY")  # after it was opened
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds between two tries
 _CONNECT_TIMEOUT, _REQUEST_TIMEOUT = 5, 10  # seconds; the second is how long not one byte may come
@@ -220,6 +221,8 @@ def _retried(action: str, uri: str, operation: Callable[[], T]) -> T:
             except FileNotFoundError:
                 raise
             except OSError as error:
+                if _DELETED.search(str(error)):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
                 if not _is_away(error, uri):
                     explained = _explained(error, action, uri)
                     if explained is None:

@@ -105,7 +105,7 @@ def _member(rank: int, flags: Reduction, name: str, store: str, answer: Any) -> 
     for kind, reduction in (("exact", ExactReduction), ("fast", FastReduction)):
         torch.manual_seed(0)
         network = build_model(config.model).train()
-        kinds[kind] = reduction(network, rank, split, torch.device("cpu")), build_optimizer(network, config.optimizer)
+        kinds[kind] = reduction(network, split, torch.device("cpu")), build_optimizer(network, config.optimizer)
 
     def batch(side: int) -> PanopticBatch:
         """Return random images with four segments each."""

@@ -153,8 +153,8 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
     except UserError:
-        raise  # unreachable storage does not mean that the checkpoint is damaged
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise  # a storage that cannot be read does not mean that the checkpoint is damaged, nor does an OSError
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     raise UserError(
         f"The checkpoint {folder} has version {manifest['version']}, and this program reads {_VERSION}. Use the "
@@ -191,9 +191,7 @@ def read_verified(folder: Location, names: list[str]) -> dict[str, bytes]:
         wrong = [name for name in names if sha256(data[name]) != manifest["files"][name]["sha256"]]
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     if wrong:
         raise DamagedCheckpointError(

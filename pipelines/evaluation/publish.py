@@ -57,11 +57,13 @@ def publish(config: PublishConfig) -> Published:
     run = TrackedRun.open(
         uri, saved.config.tracking.experiment, saved.config.run.name, str(folder), to_dict(saved.config)
     )
-    # Evaluation does not change the status of a training run.
-    status = run.status if (folder / "config.json").exists() else "FINISHED"
+    of_training = (folder / "config.json").exists()
     number = ""
+    if of_training:
+        run.settle(folder)
+    status = run.status if of_training else "FINISHED"  # evaluation does not change the status of a training run
     try:
-        run.log_metrics(saved.step, evaluation.metrics)
+        run.log_metrics(saved.step, evaluation.metrics, folder if of_training else None)
         run.log_files({"metrics.json": (locate(output) / "metrics.json").read_bytes()}, "evaluation")
         if config.register:
             number = registry.register(saved, run, config.register, config.alias, evaluation.metrics)

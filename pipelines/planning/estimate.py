@@ -134,7 +134,7 @@ def make_plan(
     )
     largest, typical = image_sizes(config.data.augment)
 
-    state = state_memory(config.model)
+    state = state_memory(config.model, averaged=config.optimizer.ema_decay > 0)
     on_gpu = scaling.device == "cuda"
     held = activations(
         config.model, run.micro_batch, largest, masks, scaling.device, on_gpu and config.precision == "bfloat16"

@@ -42,13 +42,15 @@ class StateMemory:
     """The two moments of AdamW."""
     buckets: int
     """The copies of the gradients that DDP communicates."""
+    averaged: int
+    """The averaged weights (EMA), 0 without them."""
     checkpoint: int
-    """Parameters, buffers and moments on disk."""
+    """Parameters, buffers, moments and averaged weights on disk."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.parameters + self.gradients + self.optimizer + self.buckets
+        return self.parameters + self.gradients + self.optimizer + self.buckets + self.averaged
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ class Activations:
     tensors at 800x1333, the backward pass needs less: it frees faster than it allocates."""
 
 
-def state_memory(config: ModelConfig) -> StateMemory:
-    """Count the memory of parameters, gradients, optimizer and DDP, all in float32."""
+def state_memory(config: ModelConfig, averaged: bool = False) -> StateMemory:
+    """Count the memory of parameters, gradients, optimizer, DDP and `averaged` weights, all in float32.
+
+    While a quick PQ uses averaged weights, the trained ones are kept beside them: that copy is not counted, since
+    there are no gradients of activations at that time.
+    """
     with torch.device("meta"):
         model = build_model(config)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
@@ -76,7 +82,8 @@ def state_memory(config: ModelConfig) -> StateMemory:
         gradients=trained,
         optimizer=2 * trained,
         buckets=trained,
-        checkpoint=stored + 2 * trained,
+        averaged=stored if averaged else 0,
+        checkpoint=stored + 2 * trained + (stored if averaged else 0),
     )
 
 

@@ -47,7 +47,8 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
         ("state", "measured",
             f"{state.total / GB:.2f} GB per {'GPU' if on_gpu else 'worker'}: parameters "
             f"{state.parameters / GB:.2f}, gradients {state.gradients / GB:.2f}, AdamW moments "
-            f"{state.optimizer / GB:.2f}, DDP buckets {state.buckets / GB:.2f}"),
+            f"{state.optimizer / GB:.2f}, DDP buckets {state.buckets / GB:.2f}"
+            + (f", averaged weights {state.averaged / GB:.2f}" if state.averaged else "")),
     ]  # fmt: skip
     for label, masks, saved, memory in zip(
         ("mean", "95th pct.", "maximum"), plan.masks, plan.saved, plan.memory, strict=True

@@ -64,12 +64,11 @@ class ExactReduction:
     than one worker (received shards). A parameter without a gradient counts as zeros; NaN reaches all ranks.
     """
 
-    def __init__(self, network: nn.Module, rank: int, split: BatchSplit, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, split: BatchSplit, device: torch.device) -> None:
         """Allocate the buffers.
 
         Args:
             network: on `device`, with the same weights on all ranks.
-            rank: unused; all ranks do the same.
         """
         self.model: nn.Module = network
         self.parameters: list[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
@@ -122,12 +121,11 @@ class ExactReduction:
 class FastReduction:
     """Sums the gradients with DistributedDataParallel; other numbers of workers give slightly other numbers."""
 
-    def __init__(self, network: nn.Module, rank: int, split: BatchSplit, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, split: BatchSplit, device: torch.device) -> None:
         """Wrap the network.
 
         Args:
             network: on `device`, called with images [B, 3, H, W] and padding or None, with weights of rank 0.
-            rank: unused; all ranks do the same.
         """
         self._ddp = DistributedDataParallel(
             network, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False

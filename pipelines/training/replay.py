@@ -390,7 +390,7 @@ def replay(bundle: Bundle, device: torch.device, precision: Precision) -> Replay
         torch.set_num_threads(config.scaling.threads)
     network = bundle.network.to(device)
     split = BatchSplit(global_batch=config.run.global_batch, micro_batch=config.run.micro_batch, workers=1)
-    reduction = ExactReduction(network, 0, split, device)
+    reduction = ExactReduction(network, split, device)
     reports: dict[int, MicroBatchReport] = {}
     for turn, number in enumerate(reduction.turns):
         batch = bundle.micro_batches[number].to(device)

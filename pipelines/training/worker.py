@@ -212,7 +212,7 @@ class _Worker:
         else:
             broadcast_module(network)
         reduction = ExactReduction if config.scaling.exact else FastReduction
-        self._reduction: Reduction = reduction(network, rank, config.batch_split, self._device)
+        self._reduction: Reduction = reduction(network, config.batch_split, self._device)
         self._network: MaskFormer = network
         self._optimizer = build_optimizer(network, config.optimizer)
         decay = config.optimizer.ema_decay

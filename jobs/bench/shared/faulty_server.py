@@ -4,6 +4,7 @@ with FaultyServer("http://127.0.0.1:9000") as server:
     server.mode = "503"
 """
 
+import re
 import select
 import socket
 import threading
@@ -46,6 +47,7 @@ class FaultyServer:
         self.mode: Mode = "ok"
         self._received = threading.Condition()
         self.counts: Counter[Mode] = Counter()
+        self._next: tuple[re.Pattern[str], Mode] | None = None
 
         class Handler(_Handler):
             server_state = self
@@ -75,10 +77,26 @@ class FaultyServer:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def count(self, mode: Mode) -> None:
+    def fail_at(self, request: str, mode: Mode) -> None:
+        """Change to `mode` as soon as a request arrives whose method and path match, such as `GET /bucket/train/`."""
         with self._received:
-            self.counts[mode] += 1
+            self._next = re.compile(request), mode
+
+    def receive(self, request: str) -> Mode:
+        """Count a request; return the mode that it meets."""
+        with self._received:
+            if self._next is not None and self._next[0].search(request):
+                self.mode, self._next = self._next[1], None
+            self.counts[self.mode] += 1
             self._received.notify_all()
+            return self.mode
+
+    def wait_until(self, mode: Mode, timeout: float) -> bool:
+        """Wait until a request has met `mode`; return whether one did, within `timeout` seconds."""
+        with self._received:
+            met = self._received.wait_for(lambda: self.mode == mode, timeout)
+            self._next = None
+            return met
 
     def wait_for(self, mode: Mode, requests: int, timeout: float = 60) -> bool:
         """Wait until so many requests were received in `mode`; return whether they were, within `timeout` seconds."""
@@ -93,8 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def _handle(self) -> None:
-        mode = self.server_state.mode
-        self.server_state.count(mode)
+        mode = self.server_state.receive(f"{self.command} {self.path}")
         if mode == "refuse":
             self._break_off()
             return

@@ -65,18 +65,11 @@ class Trial:
 
     def reached(self, step: int) -> None:
         """Wait until the run has done a step."""
-        if self.folder.exists() or not self.config.run.storage.startswith("s3"):
-            _wait(lambda: any(line["step"] >= step for line in self.samples()), f"step {step}")
-        else:
-            _wait(lambda: self._status().get("step", 0) >= step, f"step {step}")
+        _wait(lambda: any(line["step"] >= step for line in self.samples()), f"step {step}")
 
     def samples(self) -> list[dict[str, Any]]:
         log = self.folder / "samples.jsonl"
         return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
-
-    def _status(self) -> dict[str, Any]:
-        file = locate(self.config.run.storage) / self.config.run.name / "status.json"
-        return json.loads(file.read_text()) if file.exists() else {}
 
     def step(self, first: int = 1, last: int = STEPS - 2) -> int:
         return self.chance.randint(first, last)
@@ -188,34 +181,40 @@ def _node_with_workers(trial: Trial) -> tuple[list[Any], int]:
 
 
 def fail_storage(trial: Trial) -> None:
-    """The storage fails at a random moment: while saving, reading data, in quick PQ or between."""
+    """The storage fails while a checkpoint is saved, while data or the images of the quick PQ are read, or between."""
     trial.attempt(1)
-    _storage_away(trial, f"at step {_pass(trial)}")
+    step = EVERY * trial.chance.randint(1, STEPS // EVERY - 1)
+    moments = {
+        f"when step {step} is saved": f"(PUT|POST) .*/step_{step:08d}/",
+        "when data is read": "GET /chaos/train/",
+        "when the quick PQ reads its images": "GET /chaos/val/",
+        f"when the manifest of step {step} is written": f"(PUT|POST) .*/step_{step:08d}/manifest.json",
+    }
+    moment = trial.chance.choice(list(moments))
+    _storage_away(trial, moment, moments[moment])
 
 
 def fail_storage_in_recovery(trial: Trial) -> None:
     """The storage is away when a killed worker's successor wants to restore."""
     started = trial.attempt(1)
-    step = _pass(trial)
+    step = EVERY * trial.chance.randint(1, STEPS // EVERY - 2)
+    newest = step_folder(locate(trial.config.run.storage) / trial.config.run.name, step) / "manifest.json"
+    _wait(newest.exists, f"checkpoint of step {step}", poll=0.2)
     rank = trial.chance.randrange(started["workers"])
-    trial.kill(started["pids"][rank], f"SIGKILL of worker {rank} at step {step}")
-    _storage_away(trial, "then")
+    trial.kill(started["pids"][rank], f"SIGKILL of worker {rank} after step {step} was saved")
+    _storage_away(trial, "when the next attempt restores", "GET .*/checkpoints/step_.*(safetensors|state.pt)")
 
 
-def _pass(trial: Trial) -> int:
-    """Wait until a run on S3, which has no log of samples, has reached about a random step."""
-    time.sleep(trial.chance.uniform(0, 8))
-    return trial._status().get("step") or 0
-
-
-def _storage_away(trial: Trial, when: str) -> None:
+def _storage_away(trial: Trial, moment: str, request: str) -> None:
     modes: list[Mode] = ["503", "silent", "refuse"]
-    mode = trial.chance.choice(modes)
+    mode, server = trial.chance.choice(modes), trial.servers.storage
     seconds = trial.chance.uniform(5, trial.longest)
-    trial.servers.storage.mode = mode
+    server.fail_at(request, mode)
+    if not server.wait_until(mode, timeout=60):  # nothing of that kind is left to do
+        moment, server.mode = "toward the end", mode
     time.sleep(seconds)
-    trial.servers.storage.mode = "ok"
-    trial.done.append(f"the storage answers {mode} for {seconds:.0f} s {when}")
+    server.mode = "ok"
+    trial.done.append(f"the storage answers {mode} for {seconds:.0f} s {moment}")
 
 
 def stop_mlflow(trial: Trial) -> None:
@@ -471,14 +470,14 @@ def world() -> Iterator[tuple[SimulatedCluster, Servers]]:
 
         boto3.client("s3").create_bucket(Bucket="chaos")
         set_patience(300)
-        mlflow = stack.enter_context(_mlflow_server())
+        mlflow = stack.enter_context(mlflow_server())
         cluster = stack.enter_context(simulated([Node(1)], environment, dashboard=True))
         cluster.nodes = [cluster.add(Node(1)) for _ in range(2)]  # pyright: ignore[reportAttributeAccessIssue]
         yield cluster, Servers(storage, "s3://chaos", mlflow, mlflow.url)
 
 
 @contextmanager
-def _mlflow_server() -> Iterator[FaultyServer]:
+def mlflow_server() -> Iterator[FaultyServer]:
     import socket
     import urllib.request
 

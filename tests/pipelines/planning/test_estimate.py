@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from maskformer import Targets, build_model, compute_losses
 from maskformer.config import DEMO as DEMO_MODEL
 from maskformer.config import R50, SWIN_L, SWIN_T, LossConfig, ModelConfig, OptimizerConfig
-from maskformer.optim import build_optimizer
+from maskformer.optim import AveragedWeights, build_optimizer
 from maskformer.taxonomy import COCO
 from pipelines.checkpoints import state as checkpoint
 from pipelines.cluster.capacity import Capacity
@@ -106,15 +106,17 @@ def test_state_of_r50() -> None:
     assert state.total == 4 * (45_065_158 + 4 * 45_012_038)
 
 
-def test_checkpoint_bytes_are_those_of_a_checkpoint(tmp_path: Any) -> None:
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoint_bytes_are_those_of_a_checkpoint(tmp_path: Any, averaged: bool) -> None:
     model = build_model(DEMO_MODEL)
     optimizer = build_optimizer(model, OptimizerConfig())
     sum(parameter.sum() for parameter in model.parameters()).backward()  # pyright: ignore[reportAttributeAccessIssue]  # a tensor
     optimizer.step()
-    state = checkpoint.TrainingState(1, model.state_dict(), optimizer.state_dict())
+    ema = AveragedWeights(model, 0.9).state_dict() if averaged else None
+    state = checkpoint.TrainingState(1, model.state_dict(), optimizer.state_dict(), ema)
     checkpoint.save(locate(tmp_path), state, DEMO, COCO)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert state_memory(DEMO_MODEL).checkpoint == pytest.approx(written, rel=0.02)
+    assert state_memory(DEMO_MODEL, averaged).checkpoint == pytest.approx(written, rel=0.02)
 
 
 @pytest.fixture

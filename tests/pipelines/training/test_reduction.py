@@ -81,7 +81,7 @@ def train(
         state = {"step": 0, "losses": []}
     else:
         network.load_state_dict(state["model"])
-    reduction = (ExactReduction if exact else FastReduction)(network, rank, split, CPU)
+    reduction = (ExactReduction if exact else FastReduction)(network, split, CPU)
     optimizer = torch.optim.AdamW(reduction.parameters, lr=1e-2)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
@@ -143,7 +143,7 @@ def random_gradients(micro_batches: int) -> list[Tensor]:
 def reduced(rank: int, split: BatchSplit, gradients: list[Tensor], steps: int = 2) -> Tensor:
     """Return what ExactReduction makes of one gradient per micro-batch, in the last of some equal steps."""
     network = nn.ParameterList([torch.zeros(200), torch.zeros(101)])
-    reduction = ExactReduction(network, rank, split, CPU)
+    reduction = ExactReduction(network, split, CPU)
     assert reduction.scale == 1 / len(gradients)
     for _ in range(steps):
         for parameter in network:
@@ -374,7 +374,7 @@ def test_state_and_module_of_rank_0_reach_all_ranks(results: dict[str, list[Any]
 
 def test_gradients_are_views_of_one_buffer_and_zeros_where_there_are_none() -> None:
     network = nn.ModuleDict({"used": nn.Linear(2, 3), "unused": nn.Linear(4, 5)})
-    reduction = ExactReduction(network, 0, split_of(2, 1), CPU)
+    reduction = ExactReduction(network, split_of(2, 1), CPU)
     for turn in range(2):
         with reduction.micro_batch(last=turn == 1):
             network["used"](torch.ones(2)).sum().backward()

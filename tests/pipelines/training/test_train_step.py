@@ -88,7 +88,7 @@ def new_network(config: TrainConfig = TINY) -> MaskFormer:
 def reduced(network: MaskFormer, micro_batches: int = 4, exact: bool = True) -> Reduction:
     """Prepare a network for steps of so many micro-batches over all ranks."""
     split = BatchSplit(global_batch=2 * micro_batches, micro_batch=2, workers=dist.get_world_size())
-    return (ExactReduction if exact else FastReduction)(network, dist.get_rank(), split, CPU)
+    return (ExactReduction if exact else FastReduction)(network, split, CPU)
 
 
 def do_steps(network: MaskFormer, num_steps: int, config: TrainConfig = TINY, exact: bool = True) -> list[torch.Tensor]:
