@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class StorageRefusedError(UserError):
+    """A storage that refuses an operation: no permission, a full disk, a wrong bucket. Waiting would not help."""
+
+
 class RunFailedError(RuntimeError):
     """A run that started and then failed. The message states the cause; jobs exit with status 1."""
 

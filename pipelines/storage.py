@@ -28,7 +28,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def retried(action: str, location: Location, operation: Callable[[], T]) -> T:
 
     Raises:
         StorageUnavailableError: the storage did not answer for as long as the patience of this process or thread.
-        UserError: waiting will not help: a wrong bucket, key or region, no permission, or a full disk.
+        StorageRefusedError: waiting will not help: a wrong bucket, key or region, no permission, or a full disk.
         FileNotFoundError: the file does not exist.
         OSError: anything else that neither the storage's absence nor the user explains.
     """
@@ -261,18 +261,18 @@ def _is_away(error: OSError, uri: str) -> bool:
     return is_remote(uri)  # another store's answers are not known here
 
 
-def _explained(error: OSError, action: str, uri: str) -> UserError | None:
-    """Return a UserError for what the user can correct; None for other errors."""
+def _explained(error: OSError, action: str, uri: str) -> StorageRefusedError | None:
+    """Return a StorageRefusedError for what the user can correct; None for other errors."""
     if is_remote(uri):
         if _FROM_S3.search(str(error)):
-            return UserError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
+            return StorageRefusedError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
     elif error.errno in _FULL:
-        return UserError(
+        return StorageRefusedError(
             f"Cannot {action} {uri}: no space is left ({error.strerror}). Files written earlier stay valid. "
             f"Free some space or choose another location, and run the same command again."
         )
     elif error.errno in _FORBIDDEN:
-        return UserError(
+        return StorageRefusedError(
             f"Cannot {action} {uri}: {os.strerror(error.errno)}. Choose a location that this user may {action}."
         )
     return None

@@ -35,13 +35,14 @@ from pipelines.data.batch import PanopticBatch
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 from pipelines.storage import locate, patience, retried, sha256
 
 _PATIENCE = 900.0
 """Seconds that tasks wait for a storage that does not answer, unless told otherwise."""
 
-_OF_TASKS = {f"{kind.__module__}.{kind.__name__}": kind for kind in (UserError, StorageUnavailableError)}
+_RAISED = (UserError, StorageRefusedError, StorageUnavailableError)
+_OF_TASKS = {f"{kind.__module__}.{kind.__name__}": kind for kind in _RAISED}
 _PACK_AGAIN = "Delete the pack and run prepare_data.py again"
 
 _REPLACEMENTS, _REPLACEMENTS_PER_SHARD = 12, 4

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
         check_locations(prepared.config)
         with session():
             at_once = min(trials_at_once(prepared.config, config.concurrency), len(store.open))
-            with locked(prepared.folder, "sweep"):
+            with locked(prepared.folder, "sweep") as lost:
                 mlflow_run = _start(prepared, record, store)
                 logger.info(
                     "Sweep %s: %d trials of %d steps, %d of them already ended, %d at a time.",
@@ -97,7 +98,7 @@ def sweep(base: TrainConfig, config: SweepConfig) -> SweepResult:
                 try:
                     _catch_up(mlflow_run.uri, store)
                     runs = {key: _child_of(mlflow_run, run) for key, run in runs.items()}
-                    _run(runs, store, config, at_once)
+                    _run(runs, store, config, at_once, lost)
                 except BaseException as error:
                     mlflow_run.close("KILLED", {"cause": type(error).__name__}, store.folder)
                     raise
@@ -147,8 +148,14 @@ def _catch_up(tracking_uri: str, store: TrialStore) -> None:
             logger.warning("Earlier results of %s may be missing. %s", trial.name, error)
 
 
-def _run(runs: Mapping[str, PreparedRun], store: TrialStore, config: SweepConfig, at_once: int) -> None:
-    """Run the open trials with Tune; return when all have ended or the sweep was stopped."""
+def _run(
+    runs: Mapping[str, PreparedRun], store: TrialStore, config: SweepConfig, at_once: int, lost: threading.Event
+) -> None:
+    """Run the open trials with Tune; return when all have ended or the sweep was stopped.
+
+    Args:
+        lost: set when another driver has taken the sweep over.
+    """
     first = next(iter(runs.values()))
     # Not in the sweep's folder: a stop must work even if the storage is full or unreachable.
     with tempfile.TemporaryDirectory(prefix="maskformer-sweep-", ignore_cleanup_errors=True) as scratch:
@@ -175,7 +182,7 @@ def _run(runs: Mapping[str, PreparedRun], store: TrialStore, config: SweepConfig
                     storage_path=scratch,
                     verbose=0,
                     callbacks=[Recorder(store, stop_requests, config.keep_gigabytes)],
-                    stop=_StopWhenRequested(stop_requests, store),
+                    stop=_StopWhenRequested(stop_requests, store, lost),
                     # The run of a trial saves its checkpoints.
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
@@ -183,15 +190,20 @@ def _run(runs: Mapping[str, PreparedRun], store: TrialStore, config: SweepConfig
 
 
 class _StopWhenRequested(tune.Stopper):
-    """Ends Tune's loop once all trials were asked to stop and none is running."""
+    """Ends Tune's loop once all trials were asked to stop and none is running.
 
-    def __init__(self, stop_requests: StopRequests, store: TrialStore) -> None:
-        self._stop_requests, self._store = stop_requests, store
+    All are asked to stop when another driver has taken the sweep over.
+    """
+
+    def __init__(self, stop_requests: StopRequests, store: TrialStore, lost: threading.Event) -> None:
+        self._stop_requests, self._store, self._lost = stop_requests, store, lost
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        if self._lost.is_set() and not self._stop_requests.all:
+            self._stop_requests.add_all()
         return self._stop_requests.all and not self._store.running
 
 

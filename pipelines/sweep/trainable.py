@@ -14,6 +14,7 @@ from typing import Any
 from ray import tune
 
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
+from pipelines.storage import set_patience
 from pipelines.training import PreparedRun, TrainCallbacks, fit
 
 _POLL_SECONDS = 1.0
@@ -71,6 +72,7 @@ class TrainingTrial(tune.Trainable):
                 continue
 
     def _train(self, run: PreparedRun) -> None:
+        set_patience(run.config.scaling.storage_patience)  # a trial starts also while the storage is away
         try:
             status = "stopped" if self._stop_requests.all else fit(run, self._callbacks).status
             end = {"status": status, "cause": ""}

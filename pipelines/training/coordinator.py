@@ -1,9 +1,11 @@
 """The actor through which the driver and the workers of a run communicate.
 
-Workers send events and, once a second, what they are doing; the answer carries the driver's requests. All calls are
-repeated by their callers, so that a coordinator that is lost and restarted by Ray costs a second.
+Workers send events and, once a second, what they are doing; the answer carries the driver's requests. Ray restarts a
+coordinator that is lost and repeats the calls that it did not answer. Events that it had and the driver had not are
+lost; the only one that the driver must know, `start`, is also in the beats of rank 0.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -20,18 +22,19 @@ node is about to leave; end the attempt at the next checkpoint, to continue with
 _BEAT_SECONDS = 1.0
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class RunCoordinator:
     """Carries events and activity to the driver, and its requests to the workers."""
 
     def __init__(self) -> None:
         self._attempt, self._request = 0, 0
+        self._numbers = itertools.count(time.time_ns())  # a restarted coordinator goes on with higher ones
         self._events: list[dict[str, Any]] = []
         self._beats: dict[int, tuple[dict[str, Any], float]] = {}
 
     def add_event(self, attempt: int, event: str, **facts: Any) -> None:
         """Add an event for the driver."""
-        self._events.append({"event": event, "attempt": attempt, **facts})
+        self._events.append({"event": event, "attempt": attempt, "number": next(self._numbers), **facts})
 
     def beat(self, attempt: int, rank: int, beat: dict[str, Any]) -> int:
         """Store what a worker is doing, and return the driver's request."""
@@ -43,9 +46,12 @@ class RunCoordinator:
         return self._request
 
     def exchange(
-        self, attempt: int, request: int
+        self, attempt: int, request: int, seen: int
     ) -> tuple[list[dict[str, Any]], dict[int, tuple[dict[str, Any], float]]]:
-        """Store the driver's request; return the events since the last call, and each worker's latest beat.
+        """Store the driver's request; return the events that it has not received, and each worker's latest beat.
+
+        Args:
+            seen: `number` of the last event that the driver has received.
 
         Returns:
             The events, and by rank the beat and its age in seconds. Only beats of this attempt count.
@@ -54,9 +60,9 @@ class RunCoordinator:
             self._attempt, self._beats = attempt, {}
         if attempt == self._attempt:
             self._request = request
-        events, self._events = self._events, []
+        self._events = [event for event in self._events if event["number"] > seen]
         now = time.monotonic()
-        return events, {rank: (beat, now - arrived) for rank, (beat, arrived) in self._beats.items()}
+        return self._events, {rank: (beat, now - arrived) for rank, (beat, arrived) in self._beats.items()}
 
 
 class Heartbeat:

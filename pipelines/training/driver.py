@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,13 +93,13 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
     preflight.check_locations(config)
     with session():
         preflight.check_cluster(config)
-        with locked(run.folder, "run"):
+        with locked(run.folder, "run") as lost:
             earlier = preflight.earlier_record(run)  # once more: while this driver waited, another one may have begun
             set_patience(config.scaling.storage_patience)
             mlflow_run = _tracked(run, earlier)
             record = {**run.record, "mlflow_run_id": mlflow_run.run_id}
             (run.folder / "config.json").write_text(json.dumps(record, indent=1))
-            return _train(run, mlflow_run, callbacks or TrainCallbacks())
+            return _train(run, mlflow_run, callbacks or TrainCallbacks(), lost)
 
 
 def _finished_at(run: PreparedRun) -> int | None:
@@ -133,7 +134,12 @@ def _tracked(run: PreparedRun, earlier: dict[str, Any] | None) -> TrackedRun:
     return mlflow_run
 
 
-def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks) -> TrainResult:
+def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks, lost: threading.Event) -> TrainResult:
+    """Train to the end of the run.
+
+    Args:
+        lost: set when another driver has taken the run over.
+    """
     config = run.config
     # On the driver's node, so that the loss of another node does not end it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -144,14 +150,16 @@ def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks) 
     if (manifest := newest(run.folder, check_files)) is not None:
         logger.info("The newest checkpoint is of step %d.", manifest["step"])
     worker_count = WorkerCount(config)
-    monitor = Monitor(run.folder, config, coordinator, run_ledger, callbacks, worker_count)
+    monitor = Monitor(run.folder, config, coordinator, run_ledger, callbacks, worker_count, lost)
     try:
         with StopSignals(monitor.signaled.set):
             ended = _attempts(run, mlflow_run, coordinator, run_ledger, monitor, worker_count)
     except BaseException as error:
-        cause = type(error).__name__
+        by_user = isinstance(error, KeyboardInterrupt)
+        cause = type(error).__name__ if by_user else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if not run_ledger.ended:
-            run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class="user")
+            kind = "user" if by_user else "driver"
+            run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class=kind)
         mlflow_run.close("KILLED", {"cause": cause}, run.folder)
         raise
     finally:
@@ -244,7 +252,9 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
         run_config=ray.train.RunConfig(
             name=config.run.name,
             storage_path=scratch,
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -256,7 +266,7 @@ def _lost_driver(run: PreparedRun) -> dict[str, Any]:
     try:
         file = run.folder / "status.json"
         status = json.loads(file.read_text()) if file.exists() else {}
-        known = ("attempt", "until", "split", "checkpoint")  # the step may be some seconds old
+        known = ("attempt", "until", "split", "checkpoint", "step")  # some seconds old: at least so far
         return {**facts, **{key: status[key] for key in known if status.get(key) is not None}}
     except (UserError, StorageUnavailableError, OSError, ValueError, AttributeError) as error:
         logger.debug("The last status cannot be read. %s", error)

@@ -5,6 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ray.exceptions import RayError
+
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Capacity, Demand
 from pipelines.config.train import TrainConfig
@@ -24,12 +26,14 @@ class WorkerCount:
         self._possible = [split.workers for split in config.batch_splits]  # the most first
         self._last: int | None = None
         self._grown = -float("inf")
+        self._growing = False
+        """Whether the workers were asked to end for more of them."""
 
     def choose(self, on_wait: Callable[[], None]) -> int:
         """Return the number of workers of the next attempt, once so many fit.
 
-        If fewer fit than before, lost nodes have `scaling.node_wait` seconds to return. If not even the least number
-        fits, waits without limit.
+        If fewer fit than before, lost nodes have `scaling.node_wait` seconds to return. After `can_grow`, the workers
+        that ended have as long to free their resources. If not even the least number fits, waits without limit.
 
         Args:
             on_wait: called about once a second while waiting; may raise to end it.
@@ -37,14 +41,15 @@ class WorkerCount:
         if len(self._possible) == 1:
             return self._possible[0]
         deadline = time.monotonic() + (0 if self._last is None else self._config.scaling.node_wait)
+        wanted = (self._last or 0) + self._growing
         told = False
         while True:
-            fitting = self._fitting(list(checks.free_resources().values()))
+            fitting = self._free()
             late = time.monotonic() >= deadline
-            if fitting and (late or fitting >= (self._last or 0)):
+            if fitting and (late or fitting >= wanted):
                 break
             if not told or (late and not fitting):
-                least = self._last if not late else self._possible[-1]
+                least = wanted if not late else self._possible[-1]
                 logger.warning("Waiting for room for %d workers; the cluster has room for %d now.", least, fitting)
                 told, deadline = True, deadline + 60 if late else deadline
             on_wait()
@@ -52,7 +57,7 @@ class WorkerCount:
         if self._last is not None and fitting != self._last:
             more = "fewer" if fitting < self._last else "more"
             logger.warning("The run continues with %d workers, %s than before (%d).", fitting, more, self._last)
-        self._last = fitting
+        self._last, self._growing = fitting, False
         return fitting
 
     def can_grow(self, nodes: Sequence[str]) -> bool:
@@ -76,9 +81,17 @@ class WorkerCount:
         # The run's own data tasks may occupy CPUs now, so they are only counted in what the nodes have in all.
         grows = self._fitting(with_own, data_cpus=False) > self._last and self._fitting(_all_nodes(free)) > self._last
         if grows:
-            self._grown = time.monotonic()
+            self._grown, self._growing = time.monotonic(), True
             logger.info("More workers fit now; they are used after the next checkpoint.")
         return grows
+
+    def _free(self) -> int:
+        """Return the largest possible number of workers that fits the cluster now."""
+        try:
+            return self._fitting(list(checks.free_resources().values()))
+        except RayError as error:
+            logger.warning("The state of the cluster is not known now. %s", error)
+            return 0
 
     def _fitting(self, nodes: list[dict[str, float]], data_cpus: bool = True) -> int:
         """Return the largest possible number of workers that fits on nodes with these resources, 0 if none does."""

@@ -34,6 +34,9 @@ CauseClass = Literal[
 ]
 """Kinds of causes for which an attempt ends."""
 
+_PATIENCE = 60.0
+"""Seconds to wait for a storage that does not answer."""
+
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
 )
@@ -52,11 +55,14 @@ class Ledger:
         self.events: list[dict[str, Any]] = read(run)
 
     def add(self, event: str, **facts: Any) -> None:
-        """Add an event. If the storage refuses, the run continues; the next event writes all of them."""
+        """Add an event. If the storage refuses, the run continues; the next event writes all of them.
+
+        Only an event that ends an attempt waits a while for the storage, since workers run after a start.
+        """
         self.events.append({"event": event, "time": round(time.time(), 3), **facts})
         # Rewritten whole: an object store cannot append, and a run has few events.
         try:
-            with patience(0):
+            with patience(0 if event == "start" else _PATIENCE):
                 self._file.write_text("".join(json.dumps(line) + "\n" for line in self.events))
         except (UserError, StorageUnavailableError, OSError) as error:
             logger.warning("The ledger is not up to date. %s", error)
@@ -81,6 +87,13 @@ class Ledger:
     def reached(self) -> int:
         """The most steps that an attempt is known to have done."""
         return max((event.get(key) or 0 for event in self.events for key in ("step", "checkpoint")), default=0)
+
+    @property
+    def checkpoint(self) -> int:
+        """The newest checkpoint that is known: that from which an attempt started, or that it wrote; 0 for none."""
+        written = (event.get("checkpoint") or 0 for event in self.events)
+        restored = (event.get("step") or 0 for event in self.events if event["event"] == "start")
+        return max([*written, *restored], default=0)
 
     @property
     def non_finite_steps(self) -> frozenset[int]:

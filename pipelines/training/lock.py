@@ -42,7 +42,7 @@ _TRANSIENT = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException",
 
 
 @contextmanager
-def locked(folder: Location, what: str) -> Iterator[None]:
+def locked(folder: Location, what: str) -> Iterator[threading.Event]:
     """Hold a folder for this driver during the block. The folder is created if it does not exist.
 
     A lock whose owner is dead is taken over: at once on a local disk and where the owner ran on this machine, else
@@ -51,6 +51,9 @@ def locked(folder: Location, what: str) -> Iterator[None]:
 
     Args:
         what: what the folder is of, for messages: "run" or "sweep".
+
+    Yields:
+        An event, set when another driver has taken the folder over because this one could not renew its lock.
 
     Raises:
         UserError: another driver holds the folder, or the lock cannot be written.
@@ -62,10 +65,10 @@ def locked(folder: Location, what: str) -> Iterator[None]:
         hold = _object_held(folder, what)
     else:
         _warn_unlocked(folder, what, "this kind of storage has no conditional write")
-        yield
+        yield threading.Event()
         return
-    with hold:
-        yield
+    with hold as lost:
+        yield lost
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _warn_unlocked(folder: Location, what: str, reason: str) -> None:
 
 
 @contextmanager
-def _file_held(folder: Location, what: str) -> Iterator[None]:
+def _file_held(folder: Location, what: str) -> Iterator[threading.Event]:
     """Hold the lock of a folder on a local disk.
 
     The file stays when the lock is freed: a driver that has opened a file that another one then deletes would lock
@@ -141,7 +144,7 @@ def _file_held(folder: Location, what: str) -> Iterator[None]:
     """
     descriptor = retried("lock", folder / LOCK_FILE, lambda: _lock_file(folder, what))
     try:
-        yield
+        yield threading.Event()
     finally:
         with suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -184,7 +187,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 @contextmanager
-def _object_held(folder: Location, what: str) -> Iterator[None]:
+def _object_held(folder: Location, what: str) -> Iterator[threading.Event]:
     """Hold the lock of a folder in S3."""
     owner = _Owner.this_process()
     try:
@@ -192,12 +195,12 @@ def _object_held(folder: Location, what: str) -> Iterator[None]:
         etag = _acquire(lock, owner, folder, what)
     except NotImplementedError as error:
         _warn_unlocked(folder, what, str(error))
-        yield
+        yield threading.Event()
         return
     renewal = _Renewal(lock, owner, etag, folder, what)
     renewal.start()
     try:
-        yield
+        yield renewal.lost
     finally:
         renewal.end()
 
@@ -336,6 +339,8 @@ class _Renewal:
     def __init__(self, lock: _LockObject, owner: _Owner, etag: str, folder: Location, what: str) -> None:
         self._lock, self._owner, self._etag = lock, owner, etag
         self._folder, self._what = folder, what
+        self.lost = threading.Event()
+        """Set when another driver has the lock."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lock renewal", daemon=True)
 
@@ -377,7 +382,8 @@ class _Renewal:
             return True
         logger.warning(
             "Another driver has taken over the %s in %s (%s), since this one could not renew its lock in time. This "
-            "one goes on; stop one of the two.",
+            "one stops.",
             self._what, self._folder, (found and found[1]) or "unknown",
         )  # fmt: skip
+        self.lost.set()
         return False

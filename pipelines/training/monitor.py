@@ -17,6 +17,7 @@ import ray
 import ray.train
 from ray.exceptions import GetTimeoutError, RayError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pipelines.cluster.checks import draining_nodes
 from pipelines.config.train import TrainConfig
@@ -108,19 +109,27 @@ class Monitor:
         run_ledger: Ledger,
         callbacks: TrainCallbacks,
         worker_count: WorkerCount,
+        lost: threading.Event,
     ) -> None:
+        """Follow a run.
+
+        Args:
+            lost: set when another driver has taken the run over, so that this one has to stop.
+        """
         self.signaled = threading.Event()
         """Set by Ctrl-C or SIGTERM."""
         self._run, self._config, self._coordinator, self._ledger = run, config, coordinator, run_ledger
-        self._callbacks, self._worker_count = callbacks, worker_count
+        self._callbacks, self._worker_count, self._lost = callbacks, worker_count, lost
         self._progress = StepProgress()
         self._status = _StatusFile(run)
         self._stopping = False
+        self._seen = 0
+        """Number of the last event that was received."""
 
     @property
     def stop_requested(self) -> bool:
         """Whether the run is to stop."""
-        return self.signaled.is_set() or self._callbacks.stop_requested.is_set()
+        return any(event.is_set() for event in (self.signaled, self._callbacks.stop_requested, self._lost))
 
     def wait(self) -> None:
         """Report that the run waits for resources.
@@ -169,6 +178,9 @@ class Monitor:
                 request = max(request, self._requested_by_cluster(beats))
             events, answered = self._exchange(attempt, request)
             beats = answered or beats
+            if not self._ledger.open and 0 in beats and "start" in beats[0][0]:
+                # Also there, since an event may be lost with the coordinator.
+                events.append({"event": "start", "attempt": attempt, **beats[0][0]["start"]})
             for event in events:
                 if event["attempt"] != attempt:
                     continue
@@ -177,8 +189,9 @@ class Monitor:
                 else:
                     handle_event({**event, "began": began}, self._ledger, self._callbacks)
             self._show(attempt, began, beats)
-            if not finished and not hang and (hang := hangs.observe(dict(beats), time.monotonic()) or ""):
-                hang = self._end_hang(attempt, hang, beats)
+            if not finished and (found := hangs.observe(dict(beats), time.monotonic())):
+                cause = self._end_hang(attempt, found, beats)
+                hang = hang or cause
         return self._ended(future, attempt, errors, hang, beats)
 
     def _stop(self) -> int:
@@ -201,7 +214,10 @@ class Monitor:
 
     def _exchange(self, attempt: int, request: int) -> tuple[list[dict[str, Any]], Beats]:
         try:
-            return ray.get(self._coordinator.exchange.remote(attempt, request), timeout=_ANSWER_SECONDS)
+            answer = self._coordinator.exchange.remote(attempt, request, self._seen)
+            events, beats = ray.get(answer, timeout=_ANSWER_SECONDS)
+            self._seen = max([self._seen, *(event.pop("number") for event in events)])
+            return events, beats
         except (RayError, GetTimeoutError) as error:  # Ray restarts it
             logger.warning("The run's coordinator does not answer. %s", str(error).splitlines()[0])
             return [], {}
@@ -240,7 +256,7 @@ class Monitor:
         step = max([*done, started.get("step", 0)]) if started else None
         first = beats[0][0] if 0 in beats else {}
         facts = {key: first[key] for key in ("until", "split") if key in first and started}
-        facts["checkpoint"] = max(first.get("checkpoint") or 0, started.get("step", 0))
+        facts["checkpoint"] = max(first.get("checkpoint") or 0, started.get("step", 0), self._ledger.checkpoint)
         error = future.exception()
         if error is None:
             outcome: dict[str, Any] = future.result().return_value or {}
@@ -287,7 +303,8 @@ def explain(
         return cause, "worker", None
     failure = getattr(error, "controller_failure", error)
     text = " ".join(str(failure).split())[:500]
-    kind: CauseClass = "start" if type(failure).__name__.startswith("WorkerGroupStartup") else "unknown"
+    # Only a time-out may mean that the cluster has no room yet.
+    kind: CauseClass = "start" if isinstance(failure, WorkerGroupStartupTimeoutError) else "unknown"
     return f"Ray Train: {type(failure).__name__}: {text}", kind, None
 
 
@@ -303,6 +320,8 @@ def handle_event(event: dict[str, Any], run_ledger: Ledger, callbacks: TrainCall
         logger.warning("%s", facts["text"])
     elif kind != "start":
         raise ValueError(f"The coordinator has an event of an unknown kind: {event}.")
+    elif run_ledger.open:  # a start that is in the ledger already
+        return
     elif not run_ledger.events:  # the first
         run_ledger.add("start", **facts, began=event["began"])
     else:
@@ -324,25 +343,19 @@ def given_up(events: Sequence[Mapping[str, Any]], max_failures: int) -> str | No
     Args:
         max_failures: failures in a row without a new checkpoint that are allowed.
     """
-    failures = [event for event in events if event["event"] == "failure"]
+    # A step that is not finite is repeated once, and then ends the run or is skipped: workers count those.
+    failures = [e for e in events if e["event"] == "failure" and e.get("cause_class") != "non-finite"]
     if not failures:
         return None
     last = failures[-1]
-    same = [
-        event
-        for event in failures[-_SAME_FAILURES:]
-        if (event["cause"], event["step"]) == (last["cause"], last["step"])
-    ]
-    if len(same) == _SAME_FAILURES:
+    stuck = [event for event in failures if event.get("checkpoint") == last.get("checkpoint")]
+    same = [e for e in stuck[-_SAME_FAILURES:] if (e["cause"], e["step"]) == (last["cause"], last["step"])]
+    # Nodes may be lost at any time, also several while workers start.
+    if len(same) == _SAME_FAILURES and last.get("cause_class") != "node":
         return f"{last['cause']} ({_SAME_FAILURES} times)"
-    stuck = 0
-    for event in reversed(failures):
-        if event.get("checkpoint") != last.get("checkpoint"):
-            break
-        stuck += 1
-    if stuck > max_failures:
+    if len(stuck) > max_failures:
         allowed = f"--scaling.max-failures allows {max_failures}"
-        return f"{last['cause']} (failure {stuck} in a row without a new checkpoint; {allowed})"
+        return f"{last['cause']} (failure {len(stuck)} in a row without a new checkpoint; {allowed})"
     return None
 
 

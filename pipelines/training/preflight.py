@@ -108,7 +108,9 @@ def earlier_record(run: PreparedRun) -> dict[str, Any] | None:
     """
     file, record = run.folder / "config.json", run.record
     if not file.exists():
-        foreign = [name for name in run.folder.names() if name != LOCK_FILE]
+        # A driver that was killed may have left its lock, and a file that it had begun to write.
+        names = run.folder.names()
+        foreign = [n for n in names if n != LOCK_FILE and not (n.startswith(".") and n.endswith(".tmp"))]
         if foreign:
             raise UserError(
                 f"{run.folder} is not the folder of a run: it has {', '.join(foreign[:5])} but no config.json. "

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 
 from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.matcher import NonFiniteLogitsError
@@ -30,7 +31,7 @@ from pipelines.config.train import TrainConfig
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.order import dropout_seed
 from pipelines.data.stream import training_batches
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 from pipelines.evaluation.quick_pq import quick_pq
 from pipelines.storage import Location, set_patience
 from pipelines.tracking.metric_log import MetricLog
@@ -94,12 +95,18 @@ def train_loop(config: Mapping[str, Job]) -> dict[str, Any]:
     except Exception as error:
         # Told by the worker itself: Ray passes on a traceback as text, and perhaps another worker's first.
         facts = {"kind": _kind(error), "failed_step": worker.step, "cause": _describe(error, worker.step, rank)}
-        ray.get(job.coordinator.add_event.remote(job.attempt, "error", rank=rank, **facts))
+        with suppress(RayError):  # then the driver has Ray's words only
+            ray.get(job.coordinator.add_event.remote(job.attempt, "error", rank=rank, **facts), timeout=30)
         raise
 
 
 def _kind(error: Exception) -> str:
-    kinds = {NonFiniteError: "non-finite", StorageUnavailableError: "storage", UserError: "data"}
+    kinds = {
+        NonFiniteError: "non-finite",
+        StorageUnavailableError: "storage",
+        StorageRefusedError: "storage",
+        UserError: "data",
+    }
     return next((name for kind, name in kinds.items() if isinstance(error, kind)), "worker")
 
 
@@ -122,6 +129,8 @@ class _Progress:
     """Quick PQs since the best."""
     skipped: int = 0
     """Steps skipped because they were not finite."""
+    damaged: int = 0
+    """Images in whose place others were used, since they could not be read."""
 
     def judge(self, step: int, quality: float) -> bool:
         """Add a quick PQ; return whether it is the best so far."""
@@ -223,34 +232,51 @@ class _Worker:
                 self._averaged.load_state_dict(state.averaged)
         self._progress = _Progress.from_dict(state.progress if state else {})
         self.step = state.step if state else 0
-        if state is not None and rank == 0:
-            self._compare_environment()
 
-        pids = [0] * config.batch_split.workers
-        dist.all_gather_object(pids, os.getpid())
+        gathered: list[Any] = [None] * config.batch_split.workers
+        dist.all_gather_object(gathered, (os.getpid(), environment(config)))
         self._meter = Meter(self.step, run.total_steps, self._job.reached)
         if rank == 0:
-            facts = {"step": self.step, "workers": config.batch_split.workers, "pids": pids}
-            times = {"entered": self._entered, "restored": time.time()}
-            self._job.coordinator.add_event.remote(self._job.attempt, "start", **facts, **times)
+            self._compare_environments([of_rank for _, of_rank in gathered], resumed=state is not None)
+            self._figures["start"] = {
+                "step": self.step,
+                "workers": config.batch_split.workers,
+                "pids": [pid for pid, _ in gathered],
+                "entered": self._entered,
+                "restored": time.time(),
+            }
+            self._job.coordinator.add_event.remote(self._job.attempt, "start", **self._figures["start"])
 
-    def _compare_environment(self) -> None:
-        """Warn if the run resumes where its numbers will not be bit for bit those of an uninterrupted one."""
-        before = read_manifest(step_folder(self._run.folder, self._done))["environment"]
-        now = environment(self._config)
+    def _compare_environments(self, environments: list[dict[str, Any]], resumed: bool) -> None:
+        """Warn if the numbers will not be bit for bit those of an uninterrupted run.
+
+        Args:
+            environments: of each rank.
+            resumed: whether a checkpoint says what they were before.
+        """
+        before = read_manifest(step_folder(self._run.folder, self._done))["environment"] if resumed else {}
         # Checkpoints of before have fewer entries.
-        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        changed = [
+            f"{key} {expected} -> {now[key]}{'' if rank == 0 else f' on worker {rank}'}"
+            for rank, now in enumerate(environments)
+            for key, expected in {**environments[0], **before}.items()
+            if key in now and now[key] != expected and (rank == 0 or now[key] != environments[0][key])
+        ]
         if changed:
+            more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
             logger.warning(
-                "The order of samples stays exact, but the numbers will not be bit-identical to an uninterrupted run: "
-                "%s.",
-                ", ".join(changed),
+                "The order of samples stays exact, but the numbers may not be bit-identical to those of an "
+                "uninterrupted run: %s%s.",
+                ", ".join(changed[:10]),
+                more,
             )
 
     def _train(self, heartbeat: Heartbeat, saver: Saver | None, metrics: MetricLog | None) -> dict[str, Any]:
         """Do steps until the run or the attempt ends; return the status."""
         run, config, meter = self._run, self._config, self._timed
         split, total_steps = config.batch_split, run.total_steps
+        if 0 < config.run.patience <= self._progress.without_best:  # the attempt before ended after its last checkpoint
+            return {"status": "finished", "early": self._done < total_steps}
         batches = training_batches(
             run.train,
             split.positions(self._rank, self._done, total_steps),
@@ -275,7 +301,8 @@ class _Worker:
                 self._warn_of_skipped(micro_batches)
                 images = tuple(image for batch in micro_batches for image in batch.image_ids)
                 self._activity.enter("step", step, images)
-                num_masks, request = _agree(micro_batches, config, heartbeat.request, self._rank, self._device)
+                num_masks, request, damaged = _agree(micro_batches, config, heartbeat.request, self._rank, self._device)
+                self._progress.damaged += damaged
                 factor = learning_rate_factor(
                     step, total_steps, len(run.train) / config.run.global_batch, config.schedule
                 )
@@ -336,6 +363,7 @@ class _Worker:
     def _write_replay(self, micro_batches: list[PanopticBatch], num_masks: float, factor: float) -> None:
         """Write what jobs/replay.py needs to repeat this step alone. All ranks must call it."""
         folder = self._run.folder / "replay" / f"step_{self._done:08d}"
+        self._activity.enter("saving", self._done)
         try:
             replay.write_batches(folder, self._rank, micro_batches)
             failed = False
@@ -372,7 +400,9 @@ class _Worker:
             names = ("loss/classification", "loss/focal", "loss/dice", "loss/total")
             values = dict(zip(names, mean.tolist(), strict=True))
             speed = self._timed.report(step, config.run.global_batch)
-            metrics.log(step, {**values, "gradient_norm": norm, "lr_factor": factor, **speed})
+            counts = {"damaged_images": self._progress.damaged, "skipped_steps": self._progress.skipped}
+            counted = {name: float(count) for name, count in counts.items() if count}
+            metrics.log(step, {**values, "gradient_norm": norm, "lr_factor": factor, **speed, **counted})
             self._figures["progress"] = {
                 "step": step,
                 "total": self._run.total_steps,
@@ -492,13 +522,19 @@ def _autocast(config: TrainConfig, device: torch.device) -> bool:
 
 def _agree(
     micro_batches: list[PanopticBatch], config: TrainConfig, request: int, rank: int, device: torch.device
-) -> tuple[float, int]:
-    """Return the divisor of the mask losses and the driver's request as rank 0 knows it, the same on all ranks."""
+) -> tuple[float, int, int]:
+    """Return what all ranks must agree on before a step.
+
+    Returns:
+        The divisor of the mask losses, the driver's request as rank 0 knows it, and the number of images in whose place
+        others are used.
+    """
     masks = sum(batch.num_masks(config.model.num_queries) for batch in micro_batches)
-    shared = torch.tensor([masks, request if rank == 0 else 0], dtype=torch.float64, device=device)
+    damaged = sum(len(batch.skipped) for batch in micro_batches)
+    shared = torch.tensor([masks, request if rank == 0 else 0, damaged], dtype=torch.float64, device=device)
     dist.all_reduce(shared)
-    total, agreed = shared.tolist()
-    return max(1.0, total / (config.run.global_batch // config.run.micro_batch)), int(agreed)
+    total, agreed, replaced = shared.tolist()
+    return max(1.0, total / (config.run.global_batch // config.run.micro_batch)), int(agreed), int(replaced)
 
 
 def _log_samples(run: Location, step: int, rank: int, micro_batches: list[PanopticBatch]) -> None:

@@ -26,7 +26,7 @@ from pyarrow import fs
 
 from jobs.bench.shared.faulty_server import FaultyServer, Mode
 from pipelines import storage
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 from pipelines.storage import Location, absolute, is_remote, locate, patience, retried, set_patience, sha256
 
 
@@ -487,8 +487,8 @@ def test_a_network_mount_that_is_away(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (PermissionError(errno.EACCES, "no"), UserError),
-        (OSError(errno.ENOSPC, "full"), UserError),
+        (PermissionError(errno.EACCES, "no"), StorageRefusedError),
+        (OSError(errno.ENOSPC, "full"), StorageRefusedError),
         (OSError(errno.EMFILE, "too many"), OSError),
         (FileNotFoundError(errno.ENOENT, "no"), FileNotFoundError),
         (ValueError("no"), ValueError),

@@ -108,8 +108,14 @@ def test_a_returned_node_is_used(cluster: Cluster) -> None:
     cluster.now = 700
     assert chosen.can_grow(["a", "a"])
     assert not chosen.can_grow(["a", "a"])  # asked once; not again at every look
-    cluster.free = {"a": 3, "b": 2}
-    assert chosen.choose(unexpected) == 4
+    # The room of the workers that have ended is not free at once.
+    cluster.free = {"a": 0.0, "b": 3}
+    cluster.events[705] = lambda: cluster.free.update(a=3)
+    assert chosen.choose(lambda: None) == 4
+    assert cluster.now < 707
+    cluster.free = {"a": 3, "b": 0.0}  # the next choice is not about growing
+    cluster.events[2000] = lambda: None
+    assert chosen.choose(lambda: None) == 2
 
 
 @pytest.mark.parametrize("free", [{"a": 0.0, "b": 1}, {"a": 0.0, "b": 0.0}])

@@ -15,7 +15,7 @@ import pytest
 import ray.train
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from pipelines.config.recipes import DEMO
 from pipelines.storage import locate
@@ -36,14 +36,14 @@ def handle(ledger: Ledger, event: str, attempt: int = 1, **facts: Any) -> None:
     handle_event({"event": event, "attempt": attempt, "began": 1.0, **facts}, ledger, TrainCallbacks())
 
 
-def failures(*causes_steps_and_checkpoints: tuple[str, int, int]) -> list[dict[str, Any]]:
-    """Return a ledger's events: each failure with its start before it."""
+def failures(*causes_steps_and_checkpoints: tuple[str, int | None, int], kind: str = "worker") -> list[dict[str, Any]]:
+    """Return a ledger's events: each failure with its start before it, if its workers had started."""
     return [
         event
         for cause, step, checkpoint in causes_steps_and_checkpoints
         for event in (
-            {"event": "start", "step": 0},
-            {"event": "failure", "cause": cause, "step": step, "checkpoint": checkpoint},
+            *([{"event": "start", "step": 0}] if step is not None else []),
+            {"event": "failure", "cause": cause, "cause_class": kind, "step": step, "checkpoint": checkpoint},
         )
     ]
 
@@ -60,6 +60,16 @@ def failures(*causes_steps_and_checkpoints: tuple[str, int, int]) -> list[dict[s
         (failures(("a", 5, 0), ("b", 5, 0), ("a", 5, 0)), None),  # another cause
         (failures(("a", 1, 0), ("b", 2, 0), ("c", 3, 0), ("d", 4, 0)), None),  # as many as are allowed
         (failures(("a", 1, 0), ("b", 2, 0), ("c", 3, 0), ("d", 4, 0), ("e", 5, 0)), "e (failure 5 in a row without"),
+        # Workers that cannot start.
+        (failures(("a", None, 7), ("a", None, 7), ("a", None, 7)), "a (3 times)"),
+        # With checkpoints between them.
+        (failures(("a", None, 1), ("b", 5, 2), ("a", None, 3), ("a", None, 4), ("a", None, 5)), None),
+        (failures(("a", 5, 500), ("a", None, 500), ("b", 5, 500), ("c", 6, 500), ("d", 7, 500)), "d (failure 5"),
+        # Nodes may be lost at any time, and several of them while workers start.
+        (failures(*3 * [("a", None, 7)], kind="node"), None),
+        (failures(*5 * [("a", None, 7)], kind="node"), "a (failure 5"),
+        # The workers count the steps that are not finite.
+        (failures(*((f"step {n}", n, 0) for n in range(9)), kind="non-finite"), None),
         # Each failure after a new checkpoint starts a new count.
         (failures(*((str(n), n, n // 4) for n in range(40))), None),
     ],
@@ -136,9 +146,11 @@ class Coordinator:
     def __init__(self, script: list[dict[str, Any] | Callable[[], None]], future: Future[Any], outcome: Any) -> None:
         self._script, self._future, self._outcome = iter(script), future, outcome
         self.requests: list[int] = []
+        self._sent = 0
         self.exchange = SimpleNamespace(remote=self._exchange)
 
-    def _exchange(self, attempt: int, request: int) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+    def _exchange(self, attempt: int, request: int, seen: int) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+        assert seen == self._sent
         self.requests.append(request)
         step = next(self._script, None)
         if step is None:
@@ -153,7 +165,8 @@ class Coordinator:
         elif "beats" in step:
             return [], step["beats"]
         else:
-            return [{"attempt": 1, **step}], {}
+            self._sent += 7
+            return [{"attempt": 1, "number": self._sent, **step}], {}
         return [], {}
 
 
@@ -163,6 +176,7 @@ def followed(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(monitor, "_POLL_SECONDS", 0.001)
     monkeypatch.setattr(monitor.ray, "get", lambda answer, timeout: answer)
     monkeypatch.setattr(monitor, "draining_nodes", set)
+    taken_over = threading.Event()
 
     def follow(
         *script: dict[str, Any] | Callable[[], None], outcome: Any = None, callbacks: TrainCallbacks | None = None
@@ -170,13 +184,20 @@ def followed(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         future: Future[Any] = Future()
         follow.last = Coordinator(list(script), future, outcome or {"status": "finished", "step": 9})  # pyright: ignore[reportFunctionMemberAccess]
         watcher = Monitor(
-            locate(tmp_path), DEMO, follow.last, ledger, callbacks or TrainCallbacks(), WorkerCount(DEMO)  # pyright: ignore[reportFunctionMemberAccess]
-        )  # fmt: skip
+            locate(tmp_path),
+            DEMO,
+            follow.last,  # pyright: ignore[reportFunctionMemberAccess]
+            ledger,
+            callbacks or TrainCallbacks(),
+            WorkerCount(DEMO),
+            taken_over,
+        )
         try:
             return watcher._follow(future, 1, 1.0)
         finally:
             watcher.close()
 
+    follow.taken_over = taken_over  # pyright: ignore[reportFunctionMemberAccess]
     return follow
 
 
@@ -209,6 +230,48 @@ def test_a_stop_is_passed_on(followed: Any) -> None:
     )
     assert (ended.status, ended.step) == ("stopped", 4)
     assert STOP in followed.last.requests
+
+
+def test_a_run_that_another_driver_has_taken_over_stops(followed: Any) -> None:
+    idle = {"event": "warning", "text": "still running"}
+    followed(START, followed.taken_over.set, idle, idle, outcome={"status": "stopped", "step": 4})
+    assert STOP in followed.last.requests
+
+
+def test_a_start_that_was_lost_with_the_coordinator_is_in_the_beats(followed: Any, ledger: Ledger) -> None:
+    facts = {"step": 6, "workers": 2, "pids": [1, 2]}
+    beats = {0: ({**Activity().beat(), "done": 7, "start": facts}, 0.0)}
+    ended = followed({"beats": beats}, {"beats": beats}, {**START, "step": 6}, outcome=lost(rank1=ActorDiedError()))
+    assert [(event["event"], event["step"]) for event in ledger.events] == [("start", 6)]
+    assert (ended.step, ended.facts["checkpoint"]) == (7, 6)
+
+
+def test_an_attempt_that_does_not_start_does_not_forget_the_checkpoint(followed: Any, ledger: Ledger) -> None:
+    ledger.add("start", step=0, attempt=1)
+    ledger.add("failure", cause="lost", step=55, checkpoint=50, attempt=1)
+    assert followed(outcome=lost(rank1=ActorDiedError())).facts["checkpoint"] == 50
+
+
+def test_workers_that_go_on_hanging_are_killed_again(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+
+    class Hangs:
+        def __init__(self, *limits: float) -> None:
+            pass
+
+        def observe(self, beats: Any, now: float) -> str | None:
+            return f"hang {len(killed)}" if beats else None
+
+    def end(self: Monitor, attempt: int, hang: str, beats: Any) -> str:
+        killed.append(hang)
+        return hang
+
+    monkeypatch.setattr(monitor.watchdog, "Watchdog", Hangs)
+    monkeypatch.setattr(Monitor, "_end_hang", end)
+    beats = {0: ({**Activity().beat(), "done": 1}, 0.0)}
+    ended = followed(START, {"beats": beats}, {"beats": beats}, outcome=lost(rank1=ActorDiedError()))
+    assert killed[:2] == ["hang 0", "hang 1"]
+    assert (ended.kind, ended.cause) == ("hang", "hang 0")
 
 
 def test_before_the_workers_start_there_is_nothing_to_save(followed: Any) -> None:
@@ -263,6 +326,13 @@ def test_a_failure_before_the_first_start_tells_its_cause(followed: Any, ledger:
             [],
             "Ray Train: WorkerGroupStartup",
             "start",
+            False,
+        ),
+        (
+            ray.train.ControllerError(WorkerGroupStartupFailedError("no torch")),
+            [],
+            "Ray Train: WorkerGroupStartupFailedError: no torch",
+            "unknown",
             False,
         ),
         (ActorDiedError(), [], "Ray Train: ActorDiedError", "unknown", False),  # Ray's controller was lost
