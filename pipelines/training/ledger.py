@@ -38,7 +38,9 @@ _PATIENCE = 60.0
 """Seconds to wait for a storage that does not answer."""
 
 _CONSEQUENCE = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe", re.I
+    r"Connection (closed|reset) by peer|Connection refused|NCCL.*(remote|abort)|Timed out waiting|Broken pipe"
+    r"|process group has not been initialized",  # Ray takes it away from those that still compute
+    re.I,
 )
 """Errors of the surviving workers after another one was lost."""
 
