@@ -20,6 +20,7 @@ ECHOES = [
     RuntimeError("Timed out waiting 300000ms for recv operation to complete"),
     RuntimeError("NCCL error: remote process exited or there was a network error"),
     BrokenPipeError(32, "Broken pipe"),
+    ValueError("Default process group has not been initialized, please make sure to call init_process_group."),
 ]
 
 
