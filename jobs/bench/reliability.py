@@ -99,6 +99,7 @@ def _config(folder: Path, base: TrainConfig, side: int, workers: int, steps: int
             micro_batch=1,
         ),
         scaling=replace(DEMO.scaling, cpus_per_worker=0.5, data_cpus=1, threads=1, reduction="fast"),
+        optimizer=replace(DEMO.optimizer, lr=1e-6),  # random weights, and no warm-up
         checkpoint=replace(DEMO.checkpoint, every=10**6),
         evaluation=replace(DEMO.evaluation, every=0),
         tracking=replace(DEMO.tracking, log_every=1, uri=f"sqlite:///{folder}/mlflow.db"),
