@@ -198,6 +198,9 @@ class _StopWhenRequested(tune.Stopper):
     def __init__(self, stop_requests: StopRequests, store: TrialStore, lost: threading.Event) -> None:
         self._stop_requests, self._store, self._lost = stop_requests, store, lost
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its state to a file, which nothing reads, and cannot write an event
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 

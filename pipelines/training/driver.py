@@ -31,7 +31,7 @@ from pipelines.training.ledger import Ledger
 from pipelines.training.lock import locked
 from pipelines.training.monitor import Ended, Monitor, StopSignals, TrainCallbacks, given_up
 from pipelines.training.preflight import PreparedRun, prepare_run
-from pipelines.training.worker import Job, train_loop
+from pipelines.training.worker import Job
 
 logger = logging.getLogger(__name__)
 
@@ -239,9 +239,17 @@ def _trainer(job: Job, scratch: str) -> TorchTrainer:
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     config = job.run.config
+
+    # A function within a function, and a reference: Ray Train's controller, a process of its own that starts before the
+    # workers, would import the modules of what it is given, which takes seconds.
+    def start(config: dict[str, Any]) -> dict[str, Any]:
+        from pipelines.training.worker import train_loop
+
+        return train_loop(ray.get(config["job"]))
+
     return TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job},
+        start,
+        train_loop_config={"job": ray.put(job)},
         # Ranks wait in a collective while another one waits for the storage.
         torch_config=TorchConfig(timeout_s=int(config.scaling.collective_timeout + config.scaling.storage_patience)),
         scaling_config=ray.train.ScalingConfig(

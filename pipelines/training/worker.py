@@ -77,16 +77,13 @@ class Job:
     """The steps that were not finite in an earlier attempt."""
 
 
-def train_loop(config: Mapping[str, Job]) -> dict[str, Any]:
+def train_loop(job: Job) -> dict[str, Any]:
     """Train until the last step, or until the driver asks to stop; return where it ended.
-
-    Args:
-        config: the `job`.
 
     Returns:
         `status` (finished, stopped, drained or resized), `step`, and `early` if the quick PQ ended the run.
     """
-    job, entered = config["job"], time.time()
+    entered = time.time()
     rank = ray.train.get_context().get_world_rank()
     logging.getLogger("pipelines").addHandler(WarningForwarder(job.coordinator, job.attempt, rank))
     worker = _Worker(job, rank, entered)
