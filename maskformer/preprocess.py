@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
-from torchvision.transforms.v2 import functional as tv  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+from torch.nn import functional as F
 
 
 def resized_shape(height: int, width: int, short_side: int, long_side: int | None) -> tuple[int, int]:
@@ -25,10 +24,16 @@ def resized_shape(height: int, width: int, short_side: int, long_side: int | Non
 def resize_image(
     image: UInt8[np.ndarray, "H W 3"], shape: tuple[int, int], antialias: bool = False
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Resize bilinearly, like OpenCV (mmdetection) without `antialias`, like Pillow (the original code) with it."""
-    planes = torch.as_tensor(np.ascontiguousarray(image)).permute(2, 0, 1)
-    planes = tv.resize(planes, list(shape), InterpolationMode.BILINEAR, antialias=antialias)
-    return planes.permute(1, 2, 0).contiguous().numpy()
+    """Resize bilinearly, like OpenCV (mmdetection) without `antialias`, like Pillow (the original code) with it.
+
+    The result is that of torchvision, whose import takes seconds in each process that loads data.
+    """
+    if image.shape[:2] == shape:
+        return np.ascontiguousarray(image)
+    # With the dimension of the batch in front, torch takes pixels whose channels come last as they are.
+    pixels = torch.as_tensor(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
+    pixels = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=antialias)
+    return pixels[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def normalize(

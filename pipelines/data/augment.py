@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+from torch.nn import functional as F
 
 from maskformer.preprocess import resize_image, resized_shape
 from pipelines.data.augment_config import AugmentConfig
@@ -69,11 +68,11 @@ def resize(sample: Sample, short_side: int, long_side: int | None, interpolation
     """Resize the image with bilinear and the index map with nearest-neighbor interpolation."""
     height, width = sample.index_map.shape
     shape = resized_shape(height, width, short_side, long_side)
-    # torchvision has no uint16 kernels; int32 represents every value exactly.
-    index_map = torch.from_numpy(sample.index_map.astype(np.int32))[None]
-    index_map = tv.resize(index_map, list(shape), InterpolationMode.NEAREST)
+    # torch has no uint16 kernel; float32 represents every value exactly.
+    index_map = torch.from_numpy(sample.index_map.astype(np.float32))[None, None]
+    index_map = F.interpolate(index_map, shape, mode="nearest")
     image = resize_image(sample.image, shape, antialias=interpolation == "bilinear-antialias")
-    return sample._replace(image=image, index_map=index_map[0].numpy().astype(np.uint16))
+    return sample._replace(image=image, index_map=index_map[0, 0].numpy().astype(np.uint16))
 
 
 def drop_empty(sample: Sample) -> Sample:

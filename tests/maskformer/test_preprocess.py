@@ -59,6 +59,18 @@ def test_with_antialias_the_result_is_that_of_pillow(shape: tuple[int, int]) -> 
     assert np.abs(resized - expected).max() <= 1
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("shape", [(9, 13), (40, 31), (20, 7), (20, 26), (1, 1), (333, 517)])
+def test_the_result_is_that_of_torchvision(shape: tuple[int, int], antialias: bool) -> None:
+    """To the bit, also of an image that is mirrored or cut out, whose pixels do not follow each other in memory."""
+    from torchvision.transforms.v2 import functional as tv
+
+    image = random_image(31, 40)[5:25, 33:7:-1]
+    planes = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    expected = tv.resize(planes, list(shape), antialias=antialias).permute(1, 2, 0).numpy()
+    assert np.array_equal(resize_image(image, shape, antialias), expected)
+
+
 def test_normalize_subtracts_the_mean_and_divides_by_the_deviation() -> None:
     images = torch.tensor([[[[0, 255]], [[10, 20]], [[7, 8]]]], dtype=torch.uint8)
     normalized = normalize(images, (1.0, 10.0, 0.0), (2.0, 5.0, 4.0))
