@@ -10,6 +10,7 @@ over. What waiting cannot change, such as a wrong bucket or key, is a UserError 
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import posixpath
@@ -23,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 from pyarrow import fs
@@ -140,7 +141,7 @@ class Location:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
-    def write_bytes(self, data: bytes) -> None:
+    def write_bytes(self, data: bytes | memoryview) -> None:
         """Write the file atomically, creating its parent folders.
 
         Raises:
@@ -149,12 +150,41 @@ class Location:
 
         def write() -> None:
             if self.is_local:
-                _replace(Path(self.path), data)
+                _replace(Path(self.path), lambda file: file.write(data))
             else:
                 with self.filesystem.open_output_stream(self.path) as stream:
                     stream.write(data)
 
         retried("write", self, write)
+
+    def write_with(self, fill: Callable[[BinaryIO], object]) -> tuple[str, int]:
+        """Write the file atomically, creating its parent folders, with what `fill` writes to the file it is given.
+
+        On a local disk the content is never in memory as a whole. `fill` may be called again, as in `retried`.
+
+        Returns:
+            The SHA-256 of the content in hexadecimal, and its bytes.
+
+        Raises:
+            UserError: as `write_bytes`.
+        """
+
+        def hashed(file: BinaryIO) -> tuple[str, int]:
+            through = _Hashed(file)
+            try:
+                fill(cast(BinaryIO, through))
+            except Exception:
+                if through.error is not None:
+                    raise through.error from None  # torch.save hides it behind a RuntimeError
+                raise
+            return through.hash.hexdigest(), through.bytes
+
+        if self.is_local:
+            return retried("write", self, lambda: _replace(Path(self.path), hashed))
+        memory = io.BytesIO()  # since a stream to an object store completes the object even when `fill` fails
+        result = hashed(memory)
+        self.write_bytes(memory.getbuffer())
+        return result
 
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
@@ -176,16 +206,39 @@ class Location:
         return retried("access", self, lambda: self.filesystem.get_file_info(self.path).type)
 
 
-def _replace(target: Path, data: bytes) -> None:
+class _Hashed(io.RawIOBase):
+    """Passes what is written on to another file, and hashes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.hash, self.bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        size = memoryview(data).nbytes
+        self.bytes += size
+        return size
+
+
+def _replace(target: Path, fill: Callable[[BinaryIO], T]) -> T:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            result = fill(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError:
+        return result
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -19,7 +19,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import PIL
@@ -120,21 +120,18 @@ def save(folder: Location, state: TrainingState, config: TrainConfig, taxonomy: 
     rest = {"step": state.step, "optimizer": state.optimizer, "progress": state.progress}
     if state.averaged is not None:
         rest["model"] = state.model
-    buffer = io.BytesIO()
-    torch.save(rest, buffer)
-    files = {
-        "model.safetensors": safetensors.torch.save(state.model if state.averaged is None else state.averaged),
-        "state.pt": buffer.getvalue(),
-        "config.json": json.dumps({"config": to_dict(config), "categories": taxonomy.to_coco()}, indent=1).encode(),
+    weights = state.model if state.averaged is None else state.averaged
+    about = {"config": to_dict(config), "categories": taxonomy.to_coco()}
+    contents: dict[str, Callable[[BinaryIO], object]] = {
+        "model.safetensors": lambda file: file.write(safetensors.torch.save(weights)),
+        "state.pt": lambda file: torch.save(rest, file),
+        "config.json": lambda file: file.write(json.dumps(about, indent=1).encode()),
     }
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    manifest = {
-        "version": _VERSION,
-        "step": state.step,
-        "environment": environment(config),
-        "files": {name: {"sha256": sha256(data), "bytes": len(data)} for name, data in files.items()},
-    }
+    files = {}
+    for name, fill in contents.items():
+        digest, size = (folder / name).write_with(fill)
+        files[name] = {"sha256": digest, "bytes": size}
+    manifest = {"version": _VERSION, "step": state.step, "environment": environment(config), "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -1,6 +1,7 @@
 """Local folders and S3 (a real API over HTTP) behave alike, outages are waited for, failed writes leave nothing."""
 
 import errno
+import hashlib
 import http.client
 import io
 import logging
@@ -17,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 import boto3
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,11 +123,14 @@ def test_sha256() -> None:
     assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_full_disk_leaves_only_the_old_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write", ["write_bytes(bytes(100_000))", "write_with(lambda f: torch.save(torch.zeros(25_000), f))"]
+)
+def test_a_full_disk_leaves_only_the_old_file(tmp_path: Path, write: str) -> None:
     (tmp_path / "a").write_bytes(b"old")
     code = (
-        "import sys; from pipelines.errors import UserError; from pipelines.storage import locate\n"
-        "try: locate(sys.argv[1]).write_bytes(bytes(100_000))\n"
+        "import sys, torch; from pipelines.errors import UserError; from pipelines.storage import locate\n"
+        f"try: locate(sys.argv[1]).{write}\n"
         "except UserError as error: sys.exit(str(error))"
     )
     result = subprocess.run(
@@ -138,6 +144,24 @@ def test_a_full_disk_leaves_only_the_old_file(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_writing_piece_by_piece_hashes_and_is_atomic(folder: Location) -> None:
+    def fill(file: BinaryIO) -> None:
+        file.write(b"a")
+        file.write(np.arange(3, dtype=np.int32).data)
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise ValueError("no")
+
+    content = b"a" + np.arange(3, dtype=np.int32).tobytes()
+    assert (folder / "deep" / "a").write_with(fill) == (hashlib.sha256(content).hexdigest(), 13)
+    assert (folder / "deep" / "a").read_bytes() == content
+    with pytest.raises(ValueError, match=r"^no$"):
+        (folder / "deep" / "a").write_with(fail)
+    assert (folder / "deep" / "a").read_bytes() == content
+    assert (folder / "deep").names() == ["a"]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,7 +379,7 @@ def test_an_overwritten_folder_is_never_a_mix(
         checkpoint.save(folder, old, CONFIG, TAXONOMY)
         with monkeypatch.context() as patch:
             left = iter(range(allowed))
-            for name in ("write_bytes", "delete"):
+            for name in ("write_bytes", "write_with", "delete"):
                 patch.setattr(Location, name, interrupted(getattr(Location, name), left))
             try:
                 checkpoint.save(folder, new, CONFIG, TAXONOMY)

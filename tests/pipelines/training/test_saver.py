@@ -270,10 +270,10 @@ def test_a_network_mount_that_is_away_for_a_while_costs_nothing(
     monkeypatch.setattr(module, "_PATIENCE", 0)
     replace_file, calls = pipelines.storage._replace, iter(range(1, 100))
 
-    def away(target: Path, data: bytes) -> None:
+    def away(target: Path, fill: Any) -> Any:
         if next(calls) in (1, 3, 6, 10):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        replace_file(target, data)
+        return replace_file(target, fill)
 
     monkeypatch.setattr(pipelines.storage, "_replace", away)
     writer = saver(run)
@@ -362,16 +362,17 @@ def test_the_best_file_never_names_an_incomplete_checkpoint(run: Location, monke
     looks: list[int] = []
 
     def watched(method: Any) -> Any:
-        def call(self: Location, *args: Any) -> None:
-            method(self, *args)
+        def call(self: Location, *args: Any) -> Any:
+            result = method(self, *args)
             best = read_best(run)
             if best is not None:
                 check_files(step_folder(run, best.step))
                 looks.append(best.step)
+            return result
 
         return call
 
-    for name in ("write_bytes", "delete"):
+    for name in ("write_bytes", "write_with", "delete"):
         monkeypatch.setattr(Location, name, watched(getattr(Location, name)))
     rng = random.Random(0)
     writer, best, marked = saver(run), 0.0, []
