@@ -70,8 +70,14 @@ def match_layers(
     _check_finite("mask_logits", mask_finite.view(num_layers, num_images).numpy())
 
     pairs: list[tuple[Tensor, Tensor]] = []
-    for cost, target in zip(host_costs, targets, strict=True):
-        assigned = _assign(cost.view(num_layers, num_queries, len(target)).numpy())
+    for image, (flat, target) in enumerate(zip(host_costs, targets, strict=True)):
+        cost = flat.view(num_layers, num_queries, len(target)).numpy()
+        if not np.isfinite(cost).all():
+            raise NonFiniteLogitsError(
+                f"The matching costs of image {image} in the batch are not finite: its logits are too large; lower the "
+                f"learning rate, or clip the gradients more."
+            )
+        assigned = _assign(cost)
         queries, target_indices = torch.as_tensor(assigned, device=class_logits.device)
         pairs.append((queries, target_indices))
     return pairs

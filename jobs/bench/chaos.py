@@ -37,8 +37,8 @@ class Chaos:
     """Repeat the trial of this seed alone."""
     output: str = ""
     """File that gets one JSON line per trial. Default: the console only."""
-    longest: float = 20
-    """Longest time in seconds that a storage or MLflow is away."""
+    longest: float = 60
+    """Maximum time in seconds that a storage or MLflow is away."""
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from mlflow.entities import Metric
 from mlflow.utils.time import get_current_time_millis
@@ -19,6 +21,7 @@ from pipelines.tracking.unsent import (
     Unsent,
     next_number,
     one_line,
+    point_to_dict,
     read_points,
     write_points,
 )
@@ -26,7 +29,7 @@ from pipelines.tracking.unsent import (
 logger = logging.getLogger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
-_WRITE_EVERY = 10.0  # seconds; what a kill during an outage can lose
+_WRITE_EVERY = 10.0  # seconds
 _STORAGE_ERRORS = (UserError, StorageUnavailableError, OSError)
 _jitter = random.SystemRandom()  # leaves the generators of the training alone
 
@@ -43,12 +46,15 @@ class MetricLog:
     environment variables, at each request. $MLFLOW_HTTP_REQUEST_TIMEOUT is respected if it is set.
     """
 
-    def __init__(self, run: TrackedRun, folder: Location, capacity: int = 10_000) -> None:
+    def __init__(
+        self, run: TrackedRun, folder: Location, points: Sequence[dict[str, Any]] = (), capacity: int = 10_000
+    ) -> None:
         """Start the thread.
 
         Args:
             run: the MLflow run.
             folder: the training run's folder.
+            points: what `in_memory` of an earlier log of this run returned.
             capacity: number of points held in memory at most.
         """
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -56,7 +62,7 @@ class MetricLog:
         self._run, self._capacity = run, capacity
         self._sender, self._unsent = Sender(run.uri, run.run_id), Unsent(folder)
         self._changed = threading.Condition()  # guards the next three
-        self._points: list[Metric] = []
+        self._points = [Metric(**point) for point in points]
         self._deadline: float | None = None
         self._loses = False
         # The rest belongs to the thread.
@@ -86,6 +92,11 @@ class MetricLog:
                 self._changed.notify()
         if first:
             logger.warning("MLflow and the run's folder are too slow: metrics are lost from step %d on.", step)
+
+    def in_memory(self) -> list[dict[str, Any]]:
+        """Return the points that a kill would lose now, to be saved in a checkpoint."""
+        with self._changed:
+            return [point_to_dict(point) for point in self._points]
 
     def close(self, seconds: float = 60) -> None:
         """Try for at most `seconds` to send all points; write the others to the run's folder and warn."""

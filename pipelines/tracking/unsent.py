@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import attrgetter
+from typing import Any
 
 from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
@@ -100,8 +101,12 @@ def next_number(pieces: Sequence[Location]) -> int:
 
 def write_points(piece: Location, points: Sequence[Metric]) -> None:
     """Write a file of metrics whole; an existing one is replaced."""
-    rows = ({"key": p.key, "step": p.step, "value": p.value, "timestamp": p.timestamp} for p in points)
-    piece.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    piece.write_text("".join(f"{json.dumps(point_to_dict(point))}\n" for point in points))
+
+
+def point_to_dict(point: Metric) -> dict[str, Any]:
+    """Return the arguments of Metric."""
+    return {"key": point.key, "step": point.step, "value": point.value, "timestamp": point.timestamp}
 
 
 def read_points(piece: Location) -> list[Metric]:

@@ -98,6 +98,12 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
         mlflow_run = TrackedRun(config.tracking.uri, earlier["mlflow_run_id"])
         mlflow_run.settle(run.folder)
         return _result("finished", run, done, mlflow_run)
+    if run.packs.val is None and config.evaluation.every:
+        ineffective = " and --run.patience has no effect" if config.run.patience else ""
+        logger.warning(
+            "There is no validation data (--data.val): no quick PQ is computed, no checkpoint is the best%s.",
+            ineffective,
+        )
     preflight.check_locations(config)
     with session():
         preflight.check_cluster(config)
@@ -152,14 +158,14 @@ def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks, 
     # On the driver's node, so that the loss of another node does not end it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     coordinator = RunCoordinator.options(scheduling_strategy=here).remote()
-    run_ledger = Ledger(run.folder)
-    if not run_ledger.ended:
-        run_ledger.add("failure", **_lost_driver(run))
-    if (manifest := newest(run.folder, check_files)) is not None:
-        logger.info("The newest checkpoint is of step %d.", manifest["step"])
+    run_ledger = Ledger(run.folder, lost)
     worker_count = WorkerCount(config)
     monitor = Monitor(run.folder, config, coordinator, run_ledger, callbacks, worker_count, lost)
     try:
+        if not run_ledger.ended:
+            run_ledger.add("failure", **_lost_driver(run))
+        if (manifest := newest(run.folder, check_files)) is not None:
+            logger.info("The newest checkpoint is of step %d.", manifest["step"])
         with StopSignals(monitor.signaled.set):
             ended = _attempts(run, mlflow_run, coordinator, run_ledger, monitor, worker_count)
     except BaseException as error:
@@ -168,10 +174,13 @@ def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks, 
         if not run_ledger.ended:
             kind = "user" if by_user else "driver"
             run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class=kind)
-        mlflow_run.close("KILLED", {"cause": cause}, run.folder)
+        if not lost.is_set():
+            mlflow_run.close("KILLED", {"cause": cause}, run.folder)
         raise
     finally:
         monitor.close()
+    if lost.is_set():
+        raise RunFailedError(f"Run {config.run.name} belongs to another driver now. This one has stopped.")
     accounts = goodput.account(run_ledger.events)
     logger.info("%s", goodput.summary(accounts))
     mlflow_run.log_metrics(ended.step or 0, goodput.metrics(accounts), run.folder)

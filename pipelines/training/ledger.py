@@ -7,6 +7,7 @@ workers); `failure`, `restart` or `end` closes it. An attempt whose workers neve
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -52,8 +53,14 @@ _NODE_LOST = re.compile(r"^.*\bnode has died.*$", re.MULTILINE)
 class Ledger:
     """Appends events to a run's ledger."""
 
-    def __init__(self, run: Location) -> None:
+    def __init__(self, run: Location, lost: threading.Event | None = None) -> None:
+        """Read what is there.
+
+        Args:
+            lost: set when the run belongs to another driver; then nothing is written any more.
+        """
         self._file = run / "ledger.jsonl"
+        self._lost = lost or threading.Event()
         self.events: list[dict[str, Any]] = read(run)
 
     def add(self, event: str, **facts: Any) -> None:
@@ -62,12 +69,14 @@ class Ledger:
         Only an event that ends an attempt waits a while for the storage, since workers run after a start.
         """
         self.events.append({"event": event, "time": round(time.time(), 3), **facts})
+        if self._lost.is_set():
+            return
         # Rewritten whole: an object store cannot append, and a run has few events.
         try:
             with patience(0 if event == "start" else _PATIENCE):
                 self._file.write_text("".join(json.dumps(line) + "\n" for line in self.events))
         except (UserError, StorageUnavailableError, OSError) as error:
-            logger.warning("The ledger is not up to date. %s", error)
+            logger.warning("The ledger is not up to date; the run continues. %s", error)
 
     @property
     def attempts(self) -> int:
@@ -79,6 +88,12 @@ class Ledger:
     def open(self) -> bool:
         """Whether the workers of the last attempt have started, and it is not closed."""
         return bool(self.events) and self.events[-1]["event"] == "start"
+
+    @property
+    def closed(self) -> dict[str, Any]:
+        """The event that closed the last attempt whose workers had started; the first event if there was none."""
+        starts = [index for index, event in enumerate(self.events) if event["event"] == "start"]
+        return self.events[starts[-1] + 1 if starts else 0]
 
     @property
     def ended(self) -> bool:

@@ -35,6 +35,7 @@ _POLL_SECONDS = 1.0
 _STATUS_SECONDS = 10.0
 _CLUSTER_SECONDS = 2.0
 _ANSWER_SECONDS = 30.0
+_LONG_WAIT = 60.0
 
 _SAME_FAILURES = 3
 """A failure repeated this often at the same step is treated as permanent."""
@@ -122,7 +123,7 @@ class Monitor:
         self._callbacks, self._worker_count, self._lost = callbacks, worker_count, lost
         self._progress = StepProgress()
         self._status = _StatusFile(run)
-        self._stopping = False
+        self._stopping = self._waits = False
         self._seen = 0
         """Number of the last event that was received."""
 
@@ -139,7 +140,8 @@ class Monitor:
         """
         if self.stop_requested:
             raise KeyboardInterrupt
-        self._status.write({"phase": "waiting for resources", "attempt": self._ledger.attempts})
+        now = round(time.time(), 3)
+        self._status.write({"phase": "waiting for resources", "attempt": self._ledger.attempts, "began": now})
 
     def follow(self, attempt: int, began: float, fit: Callable[[], ray.train.Result]) -> Ended:
         """Run `fit`, an attempt, to its end.
@@ -154,9 +156,10 @@ class Monitor:
         return self._follow(_in_thread(fit), attempt, began)
 
     def close(self) -> None:
-        """Remove the progress bar, and write the last status."""
+        """Remove the progress bar, and write the last status unless the run belongs to another driver."""
         self._progress.close()
-        self._status.write({"phase": "ended"}, now=True)
+        if not self._lost.is_set():
+            self._status.write({"phase": "ended"}, now=True)
 
     def _follow(self, future: "Future[ray.train.Result]", attempt: int, began: float) -> Ended:
         config = self._config.scaling
@@ -228,11 +231,19 @@ class Monitor:
         if progress:
             self._progress.show(progress)
         started = self._ledger.events[-1] if self._ledger.open else {}
+        waits = bool(started) and beat.get("phase") == "data" and beat["seconds"] > _LONG_WAIT
+        if waits and not self._waits:
+            logger.warning(
+                "Worker 0 has waited %.0f s for data. While the storage does not answer, reads are repeated for up to "
+                "%.0f minutes (--scaling.storage-patience); --verbose shows what the data tasks say.",
+                beat["seconds"], self._config.scaling.storage_patience / 60,
+            )  # fmt: skip
+        self._waits = waits
         self._status.write(
             {
                 "attempt": attempt,
                 "began": began,
-                "phase": "training" if started else "starting",
+                "phase": "waiting for data" if waits else "training" if started else "starting",
                 **{key: started[key] for key in ("entered", "restored") if key in started},
                 **({"step": beat["done"]} if beat.get("done") is not None else {}),
                 **{key: progress[key] for key in ("total", "loss", "images_per_second", "eta_seconds") if progress},
@@ -294,9 +305,8 @@ def explain(
     cause = ledger.cause(failures) if failures else ""
     if ledger.NODE_LOST in cause:
         return cause, "node", None
-    for (
-        told
-    ) in errors:  # what a worker could not explain itself is a consequence of what another one said, or of a loss
+    # What a worker could not explain itself is a consequence of what another one said, or of a loss.
+    for told in errors:
         if told["kind"] != "worker" or not ledger.is_consequence(told["cause"]):
             return told["cause"], cast(CauseClass, told["kind"]), told
     if cause:
@@ -325,7 +335,7 @@ def handle_event(event: dict[str, Any], run_ledger: Ledger, callbacks: TrainCall
     elif not run_ledger.events:  # the first
         run_ledger.add("start", **facts, began=event["began"])
     else:
-        ended = run_ledger.events[-1]
+        ended = run_ledger.closed  # what came after it are attempts that did not start
         reached = ended.get("step")
         lost = None if reached is None else max(0, reached - facts["step"])
         repeated = "some" if lost is None else f"about {lost}"

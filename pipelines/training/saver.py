@@ -21,7 +21,7 @@ from pipelines.checkpoints.state import (
     write_best,
 )
 from pipelines.config.train import TrainConfig
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Saver:
         """Raise if nothing could be saved for longer than scaling.storage_patience. Call it every step.
 
         Raises:
-            UserError: the last error is one that the user can correct, such as a full disk.
+            UserError: the last error is one that the user can correct, such as a full disk (StorageRefusedError).
             StorageUnavailableError: the storage did not answer.
         """
         if self._bug is not None:
@@ -112,7 +112,8 @@ class Saver:
         failing, began = self._failing, self._began
         if failing is not None and now - failing[0] > limit:
             error = failing[1]
-            kind = UserError if isinstance(error, UserError) else StorageUnavailableError
+            kinds = (StorageRefusedError, UserError)
+            kind = next((kind for kind in kinds if isinstance(error, kind)), StorageUnavailableError)
             raise kind(f"No checkpoint could be saved for {_duration(now - failing[0])}. {error}") from error
         if began is not None and now - began > max(limit, _LONGEST_WRITE):
             raise StorageUnavailableError(

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -128,6 +128,8 @@ class _Progress:
     """Steps skipped because they were not finite."""
     damaged: int = 0
     """Images in whose place others were used, since they could not be read."""
+    unsent: list[dict[str, Any]] = field(default_factory=list)
+    """Points that MLflow did not have when the checkpoint was saved."""
 
     def judge(self, step: int, quality: float) -> bool:
         """Add a quick PQ; return whether it is the best so far."""
@@ -177,7 +179,7 @@ class _Worker:
                 saver = Saver(config, self._run.folder, self._run.train.taxonomy)
                 if self._progress.best_step:  # an attempt may have ended after the checkpoint and before best.json
                     saver.mark_best(self._progress.best_step, self._progress.best_quality)
-                metrics = MetricLog(self._job.mlflow_run, self._run.folder)
+                metrics = MetricLog(self._job.mlflow_run, self._run.folder, self._progress.unsent)
             outcome = self._train(heartbeat, saver, metrics)
             if saver is not None and metrics is not None:
                 self._activity.enter("saving", self._done)
@@ -311,10 +313,11 @@ class _Worker:
                 self._log(metrics, losses, norm, factor)
                 best, early = self._evaluate(metrics)
                 due = step % config.checkpoint.every == 0 or step == total_steps or request >= DRAIN or early
-                if saver is not None:
+                if saver is not None and metrics is not None:
                     with meter.part("checkpoint"):
                         saver.check()
                         if due or (best and config.checkpoint.keep_best):
+                            self._progress.unsent = metrics.in_memory()
                             saver.save(self._state())
                         if best and config.checkpoint.keep_best:
                             saver.mark_best(step, self._progress.best_quality)
@@ -358,7 +361,7 @@ class _Worker:
         return losses, norm
 
     def _write_replay(self, micro_batches: list[PanopticBatch], num_masks: float, factor: float) -> None:
-        """Write what jobs/replay.py needs to repeat this step alone. All ranks must call it."""
+        """Write what jobs/replay.py needs to repeat this step alone. All ranks must call it, and return together."""
         folder = self._run.folder / "replay" / f"step_{self._done:08d}"
         self._activity.enter("saving", self._done)
         try:
@@ -369,8 +372,12 @@ class _Worker:
             failed = True
         failures: list[Any] = [None] * self._config.batch_split.workers
         dist.all_gather_object(failures, failed)
-        if self._rank != 0 or any(failures):
-            return
+        if self._rank == 0 and not any(failures):
+            self._write_bundle(folder, num_masks, factor)
+        # The error that follows on any rank ends all of them, also one that writes.
+        dist.all_gather_object(failures, None)
+
+    def _write_bundle(self, folder: Location, num_masks: float, factor: float) -> None:
         try:
             replay.write_bundle(
                 folder,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskformer.config import LossConfig
-from maskformer.matcher import focal, match, match_layers, matching_costs
+from maskformer.matcher import NonFiniteLogitsError, focal, match, match_layers, matching_costs
 from maskformer.targets import Targets
 
 CONFIG = LossConfig()
@@ -140,6 +140,12 @@ def test_refuses_logits_that_are_not_finite(value: float, name: str, num_targets
     logits[name][2, 1, 0, 1] = value
     with pytest.raises(ValueError, match=f"The {name} of image 1 in the batch are not finite at decoder layer 2"):
         match_layers(logits["class_logits"], logits["mask_logits"], [case[2] for case in cases], CONFIG)
+
+
+def test_refuses_logits_that_are_too_large_for_costs():
+    class_logits, mask_logits, targets = random_case(0, num_queries=3, num_targets=2)
+    with pytest.raises(NonFiniteLogitsError, match="The matching costs of image 0 in the batch are not finite"):
+        match(class_logits[0], mask_logits[0].sign() * 3e38, [targets], CONFIG)
 
 
 def test_refuses_targets_that_do_not_fit_the_logits():

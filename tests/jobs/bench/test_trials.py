@@ -43,9 +43,9 @@ def scripted(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Return a function that makes a trial with a made-up run: its events, its log of samples and its hashes."""
 
     def make(
-        events: list[dict[str, Any]], samples: list[dict[str, Any]], hashes: dict[str, str], **kind: Any
+        events: list[dict[str, Any]], samples: list[dict[str, Any]], hashes: dict[str, str], act: Any = id, **kind: Any
     ) -> dict[str, Any]:
-        monkeypatch.setitem(KINDS, "made-up", Kind(lambda trial: None, **kind))
+        monkeypatch.setitem(KINDS, "made-up", Kind(act, **kind))
         monkeypatch.setattr(trials, "fit", lambda config: object())
         monkeypatch.setattr(trials, "hashes", lambda config: hashes)
         monkeypatch.setattr(Trial, "events", lambda self: events)
@@ -97,3 +97,11 @@ def test_a_trial_can_fail(scripted: Any, events: Any, samples: Any, hashes: Any,
     line = scripted(events, samples, hashes, **kind)
     assert line[check] is False
     assert not line["ok"]
+
+
+def test_an_outage_that_nothing_met_is_no_trial(scripted: Any) -> None:
+    def unmet(trial: Trial) -> None:
+        trial.refused = 0
+
+    line = scripted(BROKEN, AGAIN, SAME, act=unmet)
+    assert line["broken"] is line["ok"] is False

@@ -1,5 +1,6 @@
 """The metric log: each point is logged once, and an absent server delays neither training nor loses a point."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -80,6 +81,24 @@ def test_each_metric_has_its_own_steps(uri: str, tmp_path: Path) -> None:
     log.log(5, {"other": 0.5})
     log.close()
     assert [history(run, metric) for metric in ("loss", "pq", "other")] == [[(10, 1.0)], [(10, 0.5)], [(5, 0.5)]]
+
+
+def test_points_in_memory_can_be_handed_to_another_log(proxy: FaultyServer, tmp_path: Path) -> None:
+    """As by a checkpoint: the first log may have been killed, or may have sent some of them."""
+    run = TrackedRun.open(proxy.url, "handed", "over", "/runs/handed", {})
+    log = MetricLog(run, locate(tmp_path / "first"))
+    log_steps(log, range(5))
+    wait_for(lambda: not log._points, "five steps")
+    proxy.mode = "refuse"
+    log_steps(log, range(5, 30))
+    left = json.loads(json.dumps(log.in_memory()))
+    proxy.mode = "ok"
+    other = MetricLog(run, locate(tmp_path / "second"), left)
+    log_steps(other, range(30, 40))
+    other.close()
+    assert history(run, "loss") == expected(range(40))
+    log.close()
+    assert history(run, "loss") == expected(range(40))
 
 
 @pytest.mark.parametrize("mode", ["refuse", "503", "silent", "cut"])

@@ -1,5 +1,6 @@
 """The ledger outlives its driver, and names the failure that came first, not its echoes."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def remote(error: Exception) -> RayTaskError:
         f"{type(error).__name__}: {error}"
     )
     return RayTaskError("execute", trace, error)
+
+
+def test_a_driver_that_has_lost_its_run_writes_nothing(tmp_path: Path) -> None:
+    lost = threading.Event()
+    ours = Ledger(locate(tmp_path), lost)
+    ours.add("start", step=0)
+    lost.set()
+    Ledger(locate(tmp_path)).add("failure", cause="the driver was lost")
+    ours.add("end", status="stopped")
+    assert [event["event"] for event in ledger.read(locate(tmp_path))] == ["start", "failure"]
 
 
 @pytest.mark.parametrize("echo", ECHOES, ids=lambda error: type(error).__name__)

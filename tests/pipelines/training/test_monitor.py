@@ -107,6 +107,19 @@ def test_a_restart_states_the_steps_that_are_repeated(
     assert f"Resumed at step {resumed} with 2 worker(s), 0 s later; about {lost} steps are repeated." in caplog.text
 
 
+def test_attempts_that_did_not_start_hide_neither_the_steps_nor_the_time(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pipelines")
+    handle(ledger, "start", step=0, workers=2)
+    ledger.add("failure", attempt=1, step=45, cause="worker 1: gone")
+    ledger.events[-1]["time"] -= 100
+    ledger.add("failure", attempt=2, step=None, cause="Ray Train: no answer")
+    handle(ledger, "start", attempt=3, step=40, workers=2)
+    assert ledger.events[-1]["lost_steps"] == 5
+    assert "Resumed at step 40 with 2 worker(s), 100 s later; about 5 steps are repeated." in caplog.text
+
+
 def test_after_a_lost_driver_nothing_is_known_of_the_steps(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pipelines")
     handle(ledger, "start", step=0, workers=2)
@@ -236,6 +249,17 @@ def test_a_run_that_another_driver_has_taken_over_stops(followed: Any) -> None:
     idle = {"event": "warning", "text": "still running"}
     followed(START, followed.taken_over.set, idle, idle, outcome={"status": "stopped", "step": 4})
     assert STOP in followed.last.requests
+
+
+def test_a_long_wait_for_data_is_told_once(
+    followed: Any, ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting = {"beats": {0: ({**Activity().beat(), "phase": "data", "seconds": 61.0, "done": 3}, 0.0)}}
+    short = {"beats": {0: ({**Activity().beat(), "phase": "data", "seconds": 2.0, "done": 3}, 0.0)}}
+    followed(START, short, waiting, waiting, short)
+    told = [message for message in caplog.messages if "for data" in message]
+    assert len(told) == 1
+    assert told[0].startswith("Worker 0 has waited 61 s for data. ")
 
 
 def test_a_start_that_was_lost_with_the_coordinator_is_in_the_beats(followed: Any, ledger: Ledger) -> None:

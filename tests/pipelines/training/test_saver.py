@@ -25,7 +25,7 @@ from pipelines.checkpoints.state import (
 from pipelines.checkpoints.state import save as save_checkpoint
 from pipelines.config.recipes import DEMO
 from pipelines.config.train import TrainConfig
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 from pipelines.storage import Location, _patience_here, locate
 from pipelines.training import saver as module
 from pipelines.training.saver import Saver, snapshot
@@ -233,7 +233,8 @@ def test_a_newer_state_takes_the_place_of_one_that_cannot_be_saved(run: Location
     ("error", "kind", "message"),
     [
         (StorageUnavailableError("No answer."), StorageUnavailableError, "No answer."),
-        (UserError("Disk full."), UserError, "Disk full."),
+        (UserError("No."), UserError, "No."),
+        (StorageRefusedError("Disk full."), StorageRefusedError, "Disk full."),
         (OSError(errno.EIO, "I/O error"), StorageUnavailableError, "I/O error"),
     ],
 )
@@ -244,8 +245,9 @@ def test_the_training_ends_when_the_patience_is_over(
     writer = saver(run, IMPATIENT)
     writer.save(state(5))
     for call in (writer.finish, writer.check, writer.check):
-        with pytest.raises(kind, match=rf"^No checkpoint could be saved for \d+ seconds\. .*{message}"):
+        with pytest.raises(kind, match=rf"^No checkpoint could be saved for \d+ seconds\. .*{message}") as raised:
             call()
+        assert raised.type is kind
     storage.error = None
     settle(writer)
     writer.check()
