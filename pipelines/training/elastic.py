@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 _NEXT_GROWTH_SECONDS = 600
-"""Minimum time between two attempts to use more workers, so that nodes that come and go do not keep a run restarting."""
+"""Minimum time between two attempts to use more workers, so that nodes that come and go do not restart it forever."""
 
 
 class WorkerCount:
