@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -72,18 +73,23 @@ class Heartbeat:
         """Start to send what `beat` returns, until `close`."""
         self.request: int = 0
         """The latest request of the driver."""
-        self._send: Callable[[], Any] = lambda: ray.get(coordinator.beat.remote(attempt, rank, beat()), timeout=60)
+        self._beat: Callable[[], Any] = lambda: coordinator.beat.remote(attempt, rank, beat())
         self._closed = threading.Event()
         threading.Thread(target=self._work, name="heartbeat", daemon=True).start()
 
     def close(self) -> None:
-        """Stop sending."""
+        """Send what the worker is doing at its end, without waiting for the answer, and stop.
+
+        Otherwise a worker that others outlive would seem to hang in what it was doing up to a second before.
+        """
         self._closed.set()
+        with suppress(RayError):
+            self._beat()
 
     def _work(self) -> None:
         while not self._closed.is_set():
             try:
-                self.request = max(self.request, self._send())
+                self.request = max(self.request, ray.get(self._beat(), timeout=60))
             except RayError:  # the coordinator is away; if the driver is gone, so is this worker soon
                 logging.getLogger(__name__).debug("The coordinator does not answer.", exc_info=True)
             self._closed.wait(_BEAT_SECONDS)
