@@ -328,7 +328,7 @@ class Kind:
     """Whether the run logs to a server."""
     workers: tuple[int | str, ...] = (2, 4)
     restarts: int = 1
-    """Minimum number of restarts."""
+    """Minimum number of restarts; 0: there must be none."""
     bound: int | None = EVERY
     """Maximum of the steps that one restart may repeat; None: while the storage is away, any number."""
 
@@ -427,10 +427,11 @@ def attempt(
         history = result.mlflow_run.history("loss/total")
         line["points_exactly_once"] = [step for step, _ in history] == list(range(1, STEPS + 1))
     line["broken"] = len(restarts) >= kind.restarts and trial.refused != 0
+    line["needless_restart"] = bool(restarts) and not kind.restarts
     known = [n for n in [*lost, repeated if len(restarts) == 1 else None] if n is not None]
     line["within_bound"] = kind.bound is None or all(n <= kind.bound for n in known)
     checks = ("broken", "samples_exactly_once", "equal", "points_exactly_once", "within_bound")
-    line["ok"] = not problem and all(line.get(check) is not False for check in checks)
+    line["ok"] = not (problem or line["needless_restart"]) and all(line.get(check) is not False for check in checks)
     return {**line, "problem": problem} if problem else line
 
 

@@ -99,6 +99,12 @@ def test_a_trial_can_fail(scripted: Any, events: Any, samples: Any, hashes: Any,
     assert not line["ok"]
 
 
+def test_an_outage_must_not_cost_a_restart(scripted: Any) -> None:
+    line = scripted(BROKEN, AGAIN, SAME, restarts=0)
+    assert line["needless_restart"] is True
+    assert line["ok"] is False
+
+
 def test_an_outage_that_nothing_met_is_no_trial(scripted: Any) -> None:
     def unmet(trial: Trial) -> None:
         trial.refused = 0
