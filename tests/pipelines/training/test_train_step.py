@@ -220,6 +220,27 @@ def test_a_batch_without_any_target_reaches_every_parameter() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_more_segments_than_queries_and_images_of_one_pixel() -> None:
+    many = torch.arange(40 * 64, dtype=torch.int32).view(40, 64) % 501
+    one_pixel = torch.ones(1, 1, 1, dtype=torch.int32)
+    batches = [
+        replace(micro_batch(0), index_maps=many.expand(2, -1, -1).contiguous(), classes=(torch.arange(500) % 4,) * 2),
+        replace(
+            micro_batch(2),
+            images=torch.full((2, 3, 1, 1), 200, dtype=torch.uint8),
+            index_maps=torch.cat([one_pixel, 0 * one_pixel]),
+            sizes=((1, 1), (1, 1)),
+            classes=(torch.tensor([1]), torch.tensor([], dtype=torch.int64)),
+        ),
+    ]
+    model = new_network()
+    optimizer = build_optimizer(model, TINY.optimizer)
+    losses, norm = train_step(reduced(model, 2), optimizer, batches, mean_masks(batches), 1.0, TINY, CPU)
+    assert losses.isfinite().all()
+    assert norm > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def gradients(batches: list[PanopticBatch], config: TrainConfig = TINY) -> list[torch.Tensor]:
     model = new_network(config)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # the history of the process
