@@ -5,6 +5,7 @@ from tests.shapes import enforce
 enforce()  # before anything imports maskformer
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ from pipelines.data.pack import PackConfig
 from pipelines.data.synthetic import SyntheticConfig, draw_and_pack
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
