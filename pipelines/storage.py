@@ -160,7 +160,7 @@ class Location:
     def write_with(self, fill: Callable[[BinaryIO], object]) -> tuple[str, int]:
         """Write the file atomically, creating its parent folders, with what `fill` writes to the file it is given.
 
-        On a local disk the content is never in memory as a whole. `fill` may be called again, as in `retried`.
+        On a local disk the content need not be in memory as a whole. `fill` may be called again, as in `retried`.
 
         Returns:
             The SHA-256 of the content in hexadecimal, and its bytes.

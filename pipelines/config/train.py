@@ -68,7 +68,7 @@ class RunConfig:
     patience: int = 0
     """Quick PQs without a new best after which the run ends early; 0 disables it."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What to do about a step that is not finite two times in a row; it is repeated once from the checkpoint before.
+    """What to do about a step that is not finite two times in a row. It is repeated once from the checkpoint before.
     `stop` ends the run and writes what jobs/replay.py needs; `skip` leaves the weights as they are for that step."""
     sample_log: bool = False
     """Log the image ids of every step to samples.jsonl. One line per step and worker; needs a local run.storage."""
@@ -113,7 +113,7 @@ class ScalingConfig:
     storage_patience: float = 900
     """Seconds to wait for a storage that does not answer before the run fails."""
     hang_timeout: float = 300
-    """Minimum seconds without a step before the workers are restarted; 20 usual steps if that is longer."""
+    """Minimum seconds without a step before workers are restarted. The limit is 20 usual steps if that is longer."""
     collective_timeout: float = 300
     """Timeout of collective operations such as all-reduce, in seconds. Waiting for the storage is allowed on top."""
 

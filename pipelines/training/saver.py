@@ -21,7 +21,7 @@ from pipelines.checkpoints.state import (
     write_best,
 )
 from pipelines.config.train import TrainConfig
-from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
+from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ class Saver:
         failing, began = self._failing, self._began
         if failing is not None and now - failing[0] > limit:
             error = failing[1]
-            kinds = (StorageRefusedError, UserError)
-            kind = next((kind for kind in kinds if isinstance(error, kind)), StorageUnavailableError)
+            kind = type(error) if isinstance(error, UserError) else StorageUnavailableError
             raise kind(f"No checkpoint could be saved for {_duration(now - failing[0])}. {error}") from error
         if began is not None and now - began > max(limit, _LONGEST_WRITE):
             raise StorageUnavailableError(

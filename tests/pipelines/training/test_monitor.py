@@ -251,9 +251,7 @@ def test_a_run_that_another_driver_has_taken_over_stops(followed: Any) -> None:
     assert STOP in followed.last.requests
 
 
-def test_a_long_wait_for_data_is_told_once(
-    followed: Any, ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_wait_for_data_is_told_once(followed: Any, caplog: pytest.LogCaptureFixture) -> None:
     waiting = {"beats": {0: ({**Activity().beat(), "phase": "data", "seconds": 61.0, "done": 3}, 0.0)}}
     short = {"beats": {0: ({**Activity().beat(), "phase": "data", "seconds": 2.0, "done": 3}, 0.0)}}
     followed(START, short, waiting, waiting, short)
