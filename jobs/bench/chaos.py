@@ -8,7 +8,7 @@ the optimizer state of the reference, bit for bit. One reference serves 1, 2 and
 those that kill it; the storage is a local folder or an S3 server behind a proxy that fails on demand.
 
 Every trial is one JSON line: its seed, what was done, steps repeated, seconds to recover, whether each sample was used
-exactly once, hashes. `--only SEED` repeats one.
+exactly once, hashes. `--only SEED` repeats one, `--summarize FILE` prints a table of the lines.
 """
 
 import json
@@ -18,9 +18,11 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jobs.shared.cli import parse, run
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,18 @@ class Chaos:
     """File that gets one JSON line per trial. Default: the console only."""
     longest: float = 60
     """Maximum time in seconds that a storage or MLflow is away."""
+    summarize: str = ""
+    """Print the table of this output file, and make no trials. A repeated seed counts as it ended last."""
 
 
 def main() -> None:
     flags = parse(Chaos, Chaos(), __doc__)
-    from jobs.bench.shared.trials import KINDS, attempt, base_config, reference_of, world  # imports Ray
+    if flags.summarize:
+        print(_table(Path(flags.summarize)))
+        return
+    from jobs.bench.shared.faults import KINDS  # these import Ray
+    from jobs.bench.shared.trial_environment import base_config, trial_environment
+    from jobs.bench.shared.trials import attempt, reference_of
 
     logging.basicConfig(level=logging.ERROR)
     chosen = flags.kinds or tuple(KINDS)
@@ -51,7 +60,7 @@ def main() -> None:
     failed = 0
     with (
         tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        world() as (cluster, servers),
+        trial_environment() as (cluster, servers),
     ):
         base = base_config(Path(folder))
         reference = cache(lambda ema: reference_of(base, ema))
@@ -61,6 +70,29 @@ def main() -> None:
             _say(flags.output, line)
     print(f"{len(seeds) - failed} of {len(seeds)} trials ended like the reference.")
     sys.exit(1 if failed else 0)
+
+
+def _table(file: Path) -> str:
+    """Return a Markdown table of the trials, one row per kind of fault."""
+    try:
+        trials = {line["seed"]: line for line in map(json.loads, file.read_text().splitlines())}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as an output of this command ({error}).") from error
+    of_kind: dict[str, list[dict[str, Any]]] = {}
+    for seed in sorted(trials):
+        of_kind.setdefault(trials[seed]["kind"], []).append(trials[seed])
+    header = ("kind", "trials", "ok", "restarts", "most steps repeated", "median seconds to recover")
+    rows = [header, ("---",) * len(header)]
+    for kind, lines in sorted(of_kind.items()):
+        restarts = sum(line["attempts"] - 1 for line in lines)
+        # The log of samples says how many steps were repeated; runs on S3 have none, and the ledger knows the loss.
+        repeated = [line["steps_repeated"] for line in lines if line["steps_repeated"] is not None]
+        repeated = repeated or [steps for line in lines for steps in line["steps_lost"] if steps is not None]
+        seconds = [each for line in lines for each in line["seconds_to_recover"]]
+        ok = sum(line["ok"] for line in lines)
+        time = f"{median(seconds):.0f}" if seconds else ""
+        rows.append((f"`{kind}`", str(len(lines)), str(ok), str(restarts), str(max(repeated, default=0)), time))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _say(output: str, line: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ def _killed(config: TrainConfig, step: int) -> dict[str, float]:
 
 
 def _mlflow(flags: Reliability, folder: Path) -> str:
-    from jobs.bench.shared.trials import mlflow_server
+    from jobs.bench.shared.trial_environment import mlflow_server
     from pipelines.training import fit
 
     with mlflow_server() as server, ThreadPoolExecutor(1) as pool:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.bench.shared import trials
-from jobs.bench.shared.trials import GLOBAL, KINDS, STEPS, Kind, Trial, attempt, base_config, reference_of
+from jobs.bench.shared.faults import KINDS, Kind, Trial
+from jobs.bench.shared.trial_environment import GLOBAL, STEPS, base_config
+from jobs.bench.shared.trials import attempt, reference_of
 from pipelines.config.train import TrainConfig
 
 OF_THIS_SESSION: Any = SimpleNamespace(storage=SimpleNamespace(mode="ok"), mlflow=SimpleNamespace(mode="ok"))

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from pipelines.data.pixels import decode_image, decode_panoptic
 from pipelines.data.synthetic import CATEGORIES
 from pipelines.errors import RunFailedError
 from pipelines.evaluation.predict import segmenter
-from pipelines.storage import locate
-from pipelines.training import TrainResult, fit, ledger, replay
+from pipelines.storage import Location, locate
+from pipelines.training import TrainCallbacks, TrainResult, driver, fit, ledger, replay
 from tests.pipelines.data.coco_folder import ids_to_rgb
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(400)]
@@ -157,6 +159,28 @@ def test_overflow_ends_the_run_and_says_where(tiny: TrainConfig) -> None:
     report = replay.replay(replay.read_bundle(bundle), torch.device("cpu"), "float32")
     assert {image for batch in report.micro_batches for image in batch.image_ids} >= {int(i) for i in images.groups()}
     assert "forward pass" in str(report)
+
+
+def test_a_driver_that_lost_its_lock_stops_and_writes_nothing(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns so at the quick PQ of step 10; from then on, ledger and MLflow run are another driver's."""
+    lost = threading.Event()
+
+    @contextmanager
+    def lock(folder: Location, what: str) -> Iterator[threading.Event]:
+        yield lost
+
+    monkeypatch.setattr(driver, "locked", lock)
+    config = replace(short(tiny), evaluation=replace(tiny.evaluation, every=EVERY, images=1))
+    config = replace(config, data=replace(config.data, val=config.data.train), run=replace(config.run, steps=10_000))
+    with pytest.raises(RunFailedError, match="belongs to another driver now"):
+        fit(config, callbacks=TrainCallbacks(on_quick_pq=lambda step, pq: lost.set()))
+    events = ledger.read(locate(config.run.storage) / config.run.name)
+    assert "start" in {event["event"] for event in events}
+    assert not {"restart", "failure", "end"} & {event["event"] for event in events}
+    (tracked,) = MlflowClient(f"sqlite:///{config.run.storage}/mlflow.db").search_runs(["1"])
+    assert tracked.info.status == "RUNNING"
 
 
 def test_a_damaged_row_ends_the_run_and_is_named(tiny: TrainConfig, tmp_path: Path) -> None:
