@@ -67,8 +67,12 @@ def set_patience(seconds: float) -> None:
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Set the patience of `set_patience` for this thread only, such as 0 for what can be done another time."""
-    token = _patience_here.set(seconds)
+    """Set the patience of `set_patience` for this thread only, such as 0 for what can be done another time.
+
+    Within another such block, the shorter one holds.
+    """
+    outer = _patience_here.get()
+    token = _patience_here.set(seconds if outer is None else min(seconds, outer))
     try:
         yield
     finally:

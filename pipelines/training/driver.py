@@ -22,14 +22,14 @@ from pipelines.checkpoints.state import check_files, load, newest, step_folder, 
 from pipelines.cluster.session import session
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
-from pipelines.storage import set_patience
+from pipelines.storage import patience, set_patience
 from pipelines.tracking.runs import TrackedRun
 from pipelines.training import goodput, ledger, preflight
 from pipelines.training.coordinator import RunCoordinator
 from pipelines.training.elastic import WorkerCount
 from pipelines.training.ledger import Ledger
 from pipelines.training.lock import locked
-from pipelines.training.monitor import Ended, Monitor, StopSignals, TrainCallbacks, given_up
+from pipelines.training.monitor import START_TIMEOUT, Ended, Monitor, StopSignals, TrainCallbacks, given_up
 from pipelines.training.preflight import PreparedRun, prepare_run
 from pipelines.training.worker import Job
 
@@ -37,10 +37,13 @@ logger = logging.getLogger(__name__)
 
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray notices a lost worker
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # then the driver says that it waits, and tries again
+    START_TIMEOUT: "120",  # then the driver says that it waits, and tries again
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for nodes that leave, and more often
 }
 """Settings of Ray Train, which reads them from the environment of the driver."""
+
+_CLOSING_SECONDS = 60.0
+"""Seconds that the end of a run waits for a storage that does not answer."""
 
 _WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
@@ -118,13 +121,14 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
 
 def _finished_at(run: PreparedRun) -> int | None:
     """Return the last step of a run that has nothing left to do; None if it has."""
-    steps = run.total_steps
+    steps, allowed = run.total_steps, run.config.run.patience
+    end = ledger.read(run.folder)[-1:]
+    if not end or end[0].get("status") != "finished":
+        return None  # also after the last step: a driver that was lost then has left MLflow and ledger open
     if steps_saved(run.folder)[-1:] == [steps]:
         last = newest(run.folder, load)
         return steps if last and last.step == steps else None
-    end = ledger.read(run.folder)[-1:]
-    patience = run.config.run.patience
-    if end and end[0].get("status") == "finished" and end[0].get("early") and 0 < patience <= end[0]["early"]:
+    if end[0].get("early") and 0 < allowed <= end[0]["early"]:
         return end[0]["step"]
     return None
 
@@ -169,18 +173,35 @@ def _train(run: PreparedRun, mlflow_run: TrackedRun, callbacks: TrainCallbacks, 
         with StopSignals(monitor.signaled.set):
             ended = _attempts(run, mlflow_run, coordinator, run_ledger, monitor, worker_count)
     except BaseException as error:
+        if lost.is_set():
+            raise _taken_over(run) from error
         by_user = isinstance(error, KeyboardInterrupt)
         cause = type(error).__name__ if by_user else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        if not run_ledger.ended:
-            kind = "user" if by_user else "driver"
-            run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class=kind)
-        if not lost.is_set():
+        with patience(0 if by_user else _CLOSING_SECONDS):
+            if not run_ledger.ended:
+                kind = "user" if by_user else "driver"
+                run_ledger.add("end", status="interrupted", cause=cause, step=None, cause_class=kind)
             mlflow_run.close("KILLED", {"cause": cause}, run.folder)
         raise
     finally:
         monitor.close()
     if lost.is_set():
-        raise RunFailedError(f"Run {config.run.name} belongs to another driver now. This one has stopped.")
+        raise _taken_over(run)
+    with patience(_CLOSING_SECONDS):
+        return _close(run, mlflow_run, run_ledger, ended)
+
+
+def _taken_over(run: PreparedRun) -> RunFailedError:
+    return RunFailedError(f"Run {run.config.run.name} belongs to another driver now. This one has stopped.")
+
+
+def _close(run: PreparedRun, mlflow_run: TrackedRun, run_ledger: Ledger, ended: Ended) -> TrainResult:
+    """Tell the user and MLflow how the run ended.
+
+    Raises:
+        RunFailedError: it failed.
+    """
+    config = run.config
     accounts = goodput.account(run_ledger.events)
     logger.info("%s", goodput.summary(accounts))
     mlflow_run.log_metrics(ended.step or 0, goodput.metrics(accounts), run.folder)
@@ -219,7 +240,7 @@ def _attempts(
             reached=run_ledger.reached,
             non_finite_steps=run_ledger.non_finite_steps,
         )
-        with tempfile.TemporaryDirectory(prefix="maskformer-ray-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="maskformer-ray-", ignore_cleanup_errors=True) as scratch:
             ended = monitor.follow(attempt, began, _trainer(job, scratch).fit)
         facts = {"attempt": attempt, "step": ended.step, "cause": ended.cause, "cause_class": ended.kind, **ended.facts}
         if ended.status in ("finished", "stopped"):

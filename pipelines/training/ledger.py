@@ -135,7 +135,7 @@ def read(run: Location) -> list[dict[str, Any]]:
 
 def cause(failures: Mapping[int, BaseException]) -> str:
     """Return in one line what ended an attempt: the failure that is not a consequence of another one."""
-    described = {rank: _last_line(error) for rank, error in failures.items()}
+    described = {rank: last_line(error) for rank, error in failures.items()}
     first = [rank for rank, text in described.items() if not is_consequence(text)]
     rank = (first or list(described))[0]
     return f"worker {rank}: {described[rank]}"
@@ -146,7 +146,8 @@ def is_consequence(text: str) -> bool:
     return bool(_CONSEQUENCE.search(text))
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """Return the line of an error of Ray that says most."""
     error = getattr(error, "health_check_failure", error)  # Ray Train wraps Ray's error about a worker
     if lost := _NODE_LOST.search(str(error)):
         return f"{NODE_LOST} {lost[0].strip()}"[:500]

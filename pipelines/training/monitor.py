@@ -5,6 +5,7 @@ It also ends an attempt that hangs, and says why an attempt ended.
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -35,6 +36,9 @@ _POLL_SECONDS = 1.0
 _STATUS_SECONDS = 10.0
 _CLUSTER_SECONDS = 2.0
 _ANSWER_SECONDS = 30.0
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Variable with the seconds after which Ray no longer waits for the resources of the workers."""
+
 _LONG_WAIT = 60.0
 
 _SAME_FAILURES = 3
@@ -141,7 +145,7 @@ class Monitor:
         if self.stop_requested:
             raise KeyboardInterrupt
         now = round(time.time(), 3)
-        self._status.write({"phase": "waiting for resources", "attempt": self._ledger.attempts, "began": now})
+        self._write_status({"phase": "waiting for resources", "attempt": self._ledger.attempts, "began": now})
 
     def follow(self, attempt: int, began: float, fit: Callable[[], ray.train.Result]) -> Ended:
         """Run `fit`, an attempt, to its end.
@@ -158,8 +162,11 @@ class Monitor:
     def close(self) -> None:
         """Remove the progress bar, and write the last status unless the run belongs to another driver."""
         self._progress.close()
-        if not self._lost.is_set():
-            self._status.write({"phase": "ended"}, now=True)
+        self._write_status({"phase": "ended"}, now=True)
+
+    def _write_status(self, status: dict[str, Any], now: bool = False) -> None:
+        if not self._lost.is_set():  # then it is another driver's
+            self._status.write(status, now)
 
     def _follow(self, future: "Future[ray.train.Result]", attempt: int, began: float) -> Ended:
         config = self._config.scaling
@@ -167,8 +174,9 @@ class Monitor:
         errors: list[dict[str, Any]] = []
         beats: Beats = {}
         finished, request, hang, looked = False, 0, "", 0.0
+        begun, start_limit = time.monotonic(), float(os.environ.get(START_TIMEOUT, 0)) + config.hang_timeout
         self._status.clear()
-        self._status.write({"attempt": attempt, "began": began, "phase": "starting"})
+        self._write_status({"attempt": attempt, "began": began, "phase": "starting"})
         while not finished:
             # Checked before the events are taken, so that none is left behind.
             finished = bool(wait([future], timeout=_POLL_SECONDS).done)
@@ -195,6 +203,12 @@ class Monitor:
             if not finished and (found := hangs.observe(dict(beats), time.monotonic())):
                 cause = self._end_hang(attempt, found, beats)
                 hang = hang or cause
+            if not finished and not beats and time.monotonic() - begun > start_limit:
+                waited = time.monotonic() - begun
+                hang = f"The workers gave no sign of life for {waited:.0f} s (limit {start_limit:g} s)."
+                logger.warning("%s", hang)
+                watchdog.kill_starting(self._coordinator)
+                begun = time.monotonic()
         return self._ended(future, attempt, errors, hang, beats)
 
     def _stop(self) -> int:
@@ -239,7 +253,7 @@ class Monitor:
                 beat["seconds"], self._config.scaling.storage_patience / 60,
             )  # fmt: skip
         self._waits = waits
-        self._status.write(
+        self._write_status(
             {
                 "attempt": attempt,
                 "began": began,
@@ -312,10 +326,12 @@ def explain(
     if cause:
         return cause, "worker", None
     failure = getattr(error, "controller_failure", error)
-    text = " ".join(str(failure).split())[:500]
+    text = ledger.last_line(failure)
+    if ledger.NODE_LOST in text:
+        return f"Ray Train: {text}", "node", None
     # Only a time-out may mean that the cluster has no room yet.
     kind: CauseClass = "start" if isinstance(failure, WorkerGroupStartupTimeoutError) else "unknown"
-    return f"Ray Train: {type(failure).__name__}: {text}", kind, None
+    return f"Ray Train: {text}", kind, None
 
 
 def handle_event(event: dict[str, Any], run_ledger: Ledger, callbacks: TrainCallbacks) -> None:
@@ -360,8 +376,8 @@ def given_up(events: Sequence[Mapping[str, Any]], max_failures: int) -> str | No
     last = failures[-1]
     stuck = [event for event in failures if event.get("checkpoint") == last.get("checkpoint")]
     same = [e for e in stuck[-_SAME_FAILURES:] if (e["cause"], e["step"]) == (last["cause"], last["step"])]
-    # Nodes may be lost at any time, also several while workers start.
-    if len(same) == _SAME_FAILURES and last.get("cause_class") != "node":
+    # Nodes may be lost at any time, also several while workers start; then Ray may not know the cause.
+    if len(same) == _SAME_FAILURES and last.get("cause_class") not in ("node", "unknown"):
         return f"{last['cause']} ({_SAME_FAILURES} times)"
     if len(stuck) > max_failures:
         allowed = f"--scaling.max-failures allows {max_failures}"

@@ -29,6 +29,7 @@ from typing import IO, Any, Literal
 
 import psutil
 import ray
+from ray._private import state  # the table of actors; Ray's public one needs the dashboard
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -344,6 +345,28 @@ def kill(reports: Iterable[WorkerReport]) -> list[int]:
     return sorted(rank for rank in processes if found.get(rank) != "")
 
 
+def kill_starting(coordinator: Any) -> int:
+    """Send SIGKILL to the workers of this process's Ray Train run, which need not have sent a beat; return how many.
+
+    Args:
+        coordinator: an actor that this process has started, by which Ray's table tells this process from others.
+    """
+    actors = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    here = next(actor["OwnerAddress"] for actor in actors if actor["ActorID"] == coordinator._actor_id.hex())
+    controllers = [
+        actor["Address"]
+        for actor in actors
+        if actor["OwnerAddress"] == here and actor["ActorClassName"] == "TrainController"
+    ]
+    workers = [
+        {"pid": actor["Pid"], "node_id": actor["Address"]["NodeID"]}
+        for actor in actors
+        if actor["OwnerAddress"] in controllers and actor["ActorClassName"] == "RayTrainWorker"
+    ]
+    _on_nodes(kill_all, dict(enumerate(workers)))
+    return len(workers)
+
+
 def culprits(reports: Sequence[WorkerReport]) -> list[WorkerReport]:
     """Return the workers that the others wait for; empty if none stands out.
 
@@ -481,7 +504,7 @@ def _process(beat: Mapping[str, Any]) -> psutil.Process | None:
     """Return the process that sent a beat; None if it has ended, also if another one has its number now."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(beat["pid"])
-        if abs(process.create_time() - beat["created"]) < 1:
+        if "created" not in beat or abs(process.create_time() - beat["created"]) < 1:
             return process
     return None
 

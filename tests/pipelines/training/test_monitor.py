@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from pipelines.config.recipes import DEMO
+from pipelines.config.train import TrainConfig
 from pipelines.storage import locate
 from pipelines.training import monitor
 from pipelines.training.coordinator import DRAIN, STOP
@@ -192,17 +194,20 @@ def followed(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     taken_over = threading.Event()
 
     def follow(
-        *script: dict[str, Any] | Callable[[], None], outcome: Any = None, callbacks: TrainCallbacks | None = None
+        *script: dict[str, Any] | Callable[[], None],
+        outcome: Any = None,
+        callbacks: TrainCallbacks | None = None,
+        config: TrainConfig = DEMO,
     ) -> Ended:
         future: Future[Any] = Future()
         follow.last = Coordinator(list(script), future, outcome or {"status": "finished", "step": 9})  # pyright: ignore[reportFunctionMemberAccess]
         watcher = Monitor(
             locate(tmp_path),
-            DEMO,
+            config,
             follow.last,  # pyright: ignore[reportFunctionMemberAccess]
             ledger,
             callbacks or TrainCallbacks(),
-            WorkerCount(DEMO),
+            WorkerCount(config),
             taken_over,
         )
         try:
@@ -296,6 +301,18 @@ def test_workers_that_go_on_hanging_are_killed_again(followed: Any, monkeypatch:
     assert (ended.kind, ended.cause) == ("hang", "hang 0")
 
 
+def test_workers_that_never_give_a_sign_of_life_are_killed(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.5")
+    monkeypatch.setattr(
+        monitor.watchdog, "kill_starting", lambda coordinator: coordinator._future.set_exception(ActorDiedError())
+    )
+    config = replace(DEMO, scaling=replace(DEMO.scaling, hang_timeout=1))
+    polls: list[Any] = [lambda: None] * 100_000
+    ended = followed(*polls, config=config)
+    assert (ended.kind, ended.step, ended.final) == ("hang", None, False)
+    assert "The workers gave no sign of life for 2 s (limit 1.5 s)" in ended.cause
+
+
 def test_before_the_workers_start_there_is_nothing_to_save(followed: Any) -> None:
     callbacks = TrainCallbacks()
     callbacks.stop_requested.set()
@@ -355,6 +372,15 @@ def test_a_failure_before_the_first_start_tells_its_cause(followed: Any, ledger:
             [],
             "Ray Train: WorkerGroupStartupFailedError: no torch",
             "unknown",
+            False,
+        ),
+        (
+            ray.train.ControllerError(
+                WorkerGroupStartupFailedError("Traceback ...\nThe actor died: its node has died.")
+            ),
+            [],
+            "Ray Train: its node was lost. The actor died",
+            "node",
             False,
         ),
         (ActorDiedError(), [], "Ray Train: ActorDiedError", "unknown", False),  # Ray's controller was lost

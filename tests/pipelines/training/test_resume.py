@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -120,6 +121,38 @@ def test_a_killed_worker_leaves_no_trace(untouched: TrainResult, tiny: TrainConf
     # The attempt really was cut off between checkpoints: some steps stand in the log twice.
     assert len(sample_lines(run)) > len(samples_by_step(run))
     assert [event["event"] for event in ledger.read(locate(run))] == ["start", "failure", "start", "end"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_stops_while_it_starts_leaves_no_trace(
+    untouched: TrainResult, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not told anybody of itself yet."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    config = audited(replace(tiny, scaling=replace(tiny.scaling, hang_timeout=5)))
+    before = {process.pid for process in worker_processes()}
+
+    def new() -> list[psutil.Process]:
+        return [process for process in worker_processes() if process.pid not in before]
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fit, config)
+        wait_for(new, "a worker", poll=0.002)[0].send_signal(signal.SIGSTOP)
+        result = future.result(timeout=300)
+    assert_same_run(result, untouched)
+    events = ledger.read(locate(result.folder))
+    assert [event["event"] for event in events] == ["failure", "start", "end"]
+    assert events[0]["cause_class"] == "hang"
+    assert "no sign of life" in events[0]["cause"]
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Return the processes of Ray Train's workers on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::RayTrainWorker"):
+            found.append(process)
+    return found
 
 
 def test_killed_driver_leaves_no_trace(
