@@ -178,6 +178,26 @@ def test_killed_driver_leaves_no_trace(
     assert causes == ["the driver was lost"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_driver_lost_after_the_last_checkpoint_is_repaired(tiny: TrainConfig) -> None:
+    """The ledger and MLflow do not know yet that the run is finished."""
+    config = replace(tiny, run=replace(tiny.run, steps=4))
+    result = fit(config)
+    file = Path(result.folder) / "ledger.jsonl"
+    *before, end = file.read_text().splitlines(keepends=True)
+    assert json.loads(end)["status"] == "finished"
+    file.write_text("".join(before))
+    client = MlflowClient(result.tracking_uri)
+    client.update_run(result.mlflow_run_id, status="RUNNING")
+    assert (fit(config).status, client.get_run(result.mlflow_run_id).info.status) == ("finished", "FINISHED")
+    events = ledger.read(locate(result.folder))
+    assert [event["event"] for event in events] == ["start", "failure", "start", "end"]
+    assert (events[1]["cause_class"], events[2]["step"], events[3]["step"]) == ("driver", 4, 4)
+    assert fit(config).status == "finished"
+    assert ledger.read(locate(result.folder)) == events
+
+
 def test_one_worker_gives_the_bits_of_two(untouched: TrainResult, tiny: TrainConfig) -> None:
     """One worker computes the four micro-batches of a step. Four workers are in tests/jobs/bench/test_trials.py."""
     other = fit(audited(replace(tiny, scaling=replace(tiny.scaling, workers=1))))
