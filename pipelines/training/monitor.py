@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from pipelines.cluster.checks import draining_nodes
+from pipelines.cluster.checks import draining_nodes, resources
 from pipelines.config.train import TrainConfig
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.progress import StepProgress
@@ -300,10 +300,21 @@ class Monitor:
         cause, kind, told = explain(error, errors)
         if told is not None:
             facts["failed_step"] = told["failed_step"]
+        if kind == "worker" and ledger.is_consequence(cause) and (lost := self._workers_without_node(beats)):
+            cause, kind = f"worker {lost[0]}: {ledger.NODE_LOST}", "node"  # others failed before Ray noticed it
         again = kind == "non-finite" and facts.get("failed_step") in self._ledger.non_finite_steps
         return Ended(
             status="failed", step=step, cause=cause, kind=kind, final=again or kind in ("data", "storage"), facts=facts
         )
+
+    def _workers_without_node(self, beats: Beats) -> list[int]:
+        """Return the ranks of the workers whose node has left the cluster."""
+        try:
+            nodes = resources()
+        except RayError as error:
+            logger.warning("The state of the cluster is not known now. %s", error)
+            return []
+        return sorted(rank for rank, (beat, _) in beats.items() if "node_id" in beat and beat["node_id"] not in nodes)
 
 
 def explain(

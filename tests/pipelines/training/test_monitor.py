@@ -395,6 +395,17 @@ def test_the_cause_of_a_failure(
     assert (ended.kind, ended.final) == (kind, final)
 
 
+def test_a_lost_node_is_the_cause_even_if_others_fail_first(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = {rank: ({**Activity().beat(), "node_id": f"node {rank}", "done": 3}, 0.0) for rank in range(2)}
+    monkeypatch.setattr(monitor, "resources", lambda: {"node 0": {}})
+    failure = lost(rank0=ECHO)
+    ended = followed(START, {"beats": beats}, outcome=failure)
+    assert (ended.cause, ended.kind, ended.step) == ("worker 1: its node was lost.", "node", 3)
+    monkeypatch.setattr(monitor, "resources", lambda: {"node 0": {}, "node 1": {}})
+    ended = followed(START, {"beats": beats}, outcome=failure)
+    assert (ended.cause, ended.kind) == (f"worker 0: {type(ECHO).__name__}: {ECHO}", "worker")
+
+
 def test_a_step_that_is_not_finite_twice_is_final(followed: Any, ledger: Ledger) -> None:
     ledger.add("start", step=0, attempt=1)
     ledger.add("failure", cause="nan", cause_class="non-finite", failed_step=3, step=3, attempt=1)
