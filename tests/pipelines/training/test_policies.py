@@ -99,6 +99,11 @@ def assert_same_state(ours: TrainingState, theirs: TrainingState) -> None:
     assert_same_tensors(ours.optimizer["state"], theirs.optimizer["state"], "optimizer")
 
 
+def assert_same_progress(ours: TrainingState, theirs: TrainingState) -> None:
+    """Compare what carries over between steps, but for the points that MLflow happened not to have yet."""
+    assert {**ours.progress, "unsent": []} == {**theirs.progress, "unsent": []}
+
+
 def history(result: TrainResult, metric: str) -> dict[int, float]:
     points = MlflowClient(result.tracking_uri).get_metric_history(result.mlflow_run_id, metric)
     assert len({point.step for point in points}) == len(points), "a step was logged twice"
@@ -384,7 +389,7 @@ def assert_same_run(config: TrainConfig, result: TrainResult, untouched: tuple[T
     oracle, state = untouched
     assert (result.status, result.step) == (oracle.status, oracle.step) == ("finished", LONG)
     assert_same_state(last_state(config), state)
-    assert last_state(config).progress == state.progress
+    assert_same_progress(last_state(config), state)
     for metric in ("loss/total", "quick_pq/all"):
         assert history(result, metric) == history(oracle, metric)
 
@@ -466,4 +471,4 @@ def test_damaged_rows_are_replaced_and_counted(tiny: TrainConfig, tmp_path: Path
         assert states[-1].progress["damaged"] == 3
         assert history(result, "damaged_images") == {1: 1, 2: 3, 3: 3, 4: 3, 5: 3}
     assert_same_state(states[1], states[0])
-    assert states[1].progress == states[0].progress
+    assert_same_progress(states[1], states[0])
