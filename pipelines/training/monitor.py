@@ -300,8 +300,11 @@ class Monitor:
         cause, kind, told = explain(error, errors)
         if told is not None:
             facts["failed_step"] = told["failed_step"]
-        if kind == "worker" and ledger.is_consequence(cause) and (lost := self._workers_without_node(beats)):
-            cause, kind = f"worker {lost[0]}: {ledger.NODE_LOST}", "node"  # others failed before Ray noticed it
+        if kind == "worker" and ledger.is_consequence(cause):  # others failed before Ray noticed the loss
+            if lost := self._workers_without_node(beats):
+                cause, kind = f"worker {lost[0]}: {ledger.NODE_LOST}", "node"
+            else:
+                cause = f"a worker or its node was lost. {cause}"
         again = kind == "non-finite" and facts.get("failed_step") in self._ledger.non_finite_steps
         return Ended(
             status="failed", step=step, cause=cause, kind=kind, final=again or kind in ("data", "storage"), facts=facts

@@ -62,7 +62,8 @@ def test_a_node_is_lost_and_no_sample(job: subprocess.Popen[str], tmp_path: Path
     assert 0 < resumed < lost < 20
     assert redone == lost - resumed
     assert "with 2 + 2 by node" in facts["node loss"]
-    assert re.match(r"worker \d: its (process or its )?node was lost\b", facts["cause in ledger"])
+    # Which one, Ray may not know yet when another worker notices it.
+    assert re.match(r"(worker \d: its (process or its )?|a worker or its )node was lost\b", facts["cause in ledger"])
     assert facts["samples"].startswith("320 positions, each used once")
     assert left_behind() <= before
 

@@ -403,7 +403,8 @@ def test_a_lost_node_is_the_cause_even_if_others_fail_first(followed: Any, monke
     assert (ended.cause, ended.kind, ended.step) == ("worker 1: its node was lost.", "node", 3)
     monkeypatch.setattr(monitor, "resources", lambda: {"node 0": {}, "node 1": {}})
     ended = followed(START, {"beats": beats}, outcome=failure)
-    assert (ended.cause, ended.kind) == (f"worker 0: {type(ECHO).__name__}: {ECHO}", "worker")
+    echo = f"worker 0: {type(ECHO).__name__}: {ECHO}"
+    assert (ended.cause, ended.kind) == (f"a worker or its node was lost. {echo}", "worker")
 
 
 def test_a_step_that_is_not_finite_twice_is_final(followed: Any, ledger: Ledger) -> None:
