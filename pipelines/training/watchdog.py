@@ -345,14 +345,15 @@ def kill(reports: Iterable[WorkerReport]) -> list[int]:
     return sorted(rank for rank in processes if found.get(rank) != "")
 
 
-def kill_starting(coordinator: Any) -> int:
-    """Send SIGKILL to the workers of this process's Ray Train run, which need not have sent a beat; return how many.
+def kill_starting(coordinator: Any) -> None:
+    """Send SIGKILL to the workers of this process's Ray Train run, which need not have sent a beat.
 
     Args:
         coordinator: an actor that this process has started, by which Ray's table tells this process from others.
     """
-    actors = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
-    here = next(actor["OwnerAddress"] for actor in actors if actor["ActorID"] == coordinator._actor_id.hex())
+    table = state.actors()
+    here = table[coordinator._actor_id.hex()]["OwnerAddress"]  # also while Ray restarts the coordinator
+    actors = [actor for actor in table.values() if actor["State"] == "ALIVE"]
     controllers = [
         actor["Address"]
         for actor in actors
@@ -364,7 +365,6 @@ def kill_starting(coordinator: Any) -> int:
         if actor["OwnerAddress"] in controllers and actor["ActorClassName"] == "RayTrainWorker"
     ]
     _on_nodes(kill_all, dict(enumerate(workers)))
-    return len(workers)
 
 
 def culprits(reports: Sequence[WorkerReport]) -> list[WorkerReport]:

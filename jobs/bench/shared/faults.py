@@ -24,8 +24,6 @@ from pipelines.config.train import TrainConfig
 from pipelines.storage import locate
 from pipelines.training import ledger
 
-_RAY = "ray::"
-
 
 @dataclass
 class Trial:
@@ -82,9 +80,9 @@ def kill_worker(trial: Trial) -> None:
 def kill_in_recovery(trial: Trial) -> None:
     """A second kill hits the workers of the next attempt as soon as there are any, or after a few steps."""
     kill_worker(trial)
-    before = {process.pid for process in _workers()}
+    before = {process.pid for process in worker_processes()}
     if trial.chance.random() < 0.5:
-        victim = wait(lambda: [p for p in _workers() if p.pid not in before], "new workers")[0]
+        victim = wait(lambda: [p for p in worker_processes() if p.pid not in before], "new workers")[0]
         trial.kill(victim.pid, "SIGKILL of a worker while it starts")
     else:
         started = trial.attempt(2)
@@ -348,11 +346,11 @@ def _process(config: TrainConfig, environment: Any) -> Iterator["subprocess.Pope
         process.wait()
 
 
-def _workers() -> list[psutil.Process]:
+def worker_processes() -> list[psutil.Process]:
     """Return the worker processes of Ray Train on this machine that this process's cluster started."""
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
         with suppress(psutil.Error):
-            if process.info["cmdline"] and process.info["cmdline"][0].startswith(f"{_RAY}RayTrainWorker"):
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::RayTrainWorker"):
                 found.append(process)
     return found

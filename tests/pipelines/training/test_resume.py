@@ -17,6 +17,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+from jobs.bench.shared.faults import worker_processes
 from pipelines.checkpoints import state as checkpoint
 from pipelines.config.serialize import from_dict, to_dict
 from pipelines.config.train import TrainConfig
@@ -144,15 +145,6 @@ def test_a_worker_that_stops_while_it_starts_leaves_no_trace(
     assert [event["event"] for event in events] == ["failure", "start", "end"]
     assert events[0]["cause_class"] == "hang"
     assert "no sign of life" in events[0]["cause"]
-
-
-def worker_processes() -> list[psutil.Process]:
-    """Return the processes of Ray Train's workers on this machine."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::RayTrainWorker"):
-            found.append(process)
-    return found
 
 
 def test_killed_driver_leaves_no_trace(
