@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from maskformer.config import LossConfig
-from maskformer.matcher import focal, match_layers
+from maskformer.mask_losses import mask_losses
+from maskformer.matcher import match_layers
 from maskformer.model import MaskFormerOutput
 from maskformer.targets import Targets
 
@@ -68,17 +69,13 @@ def compute_losses(
         raise ValueError(f"num_masks must be positive, got {num_masks}; clamp the mean of the matched masks to 1.")
     with torch.autocast(mask_logits.device.type, enabled=False):
         pairs = match_layers(class_logits, mask_logits, targets, config)
-        classification = _classification(class_logits.float(), pairs, targets, config)
-        mask_losses = torch.stack(
-            [
-                mask_losses_of_image(mask_logits[:, image], queries, target.selected(target_indices.flatten()), config)
-                for image, (target, (queries, target_indices)) in enumerate(zip(targets, pairs, strict=True))
-            ]
-        ).sum(dim=0)
+        dtype = torch.promote_types(class_logits.dtype, torch.float32)
+        classification = _classification(class_logits.to(dtype), pairs, targets, config)
+        focal, dice = mask_losses(mask_logits, pairs, targets, config).sum(dim=2)
         weighted = [
             config.classification_weight * classification,
-            config.focal_weight * mask_losses[0] / num_masks,
-            config.dice_weight * mask_losses[1] / num_masks,
+            config.focal_weight * focal / num_masks,
+            config.dice_weight * dice / num_masks,
         ]
         return Losses(torch.stack(weighted, dim=-1))
 
@@ -99,27 +96,3 @@ def _classification(
     # Without targets and with a "no object" weight of 0, all weights are 0 and the loss must be 0, not NaN.
     divisor = weights.sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
     return (weights * losses).sum(dim=(1, 2)) / divisor
-
-
-def mask_losses_of_image(
-    mask_logits: Float[Tensor, "L Q h w"],
-    queries: Int64[Tensor, "L pairs"],
-    masks: Bool[Tensor, "L*pairs H W"],
-    config: LossConfig,
-) -> Float[Tensor, "2 L"]:
-    """Return each layer's focal and dice loss of one image, summed over the matched pairs.
-
-    Only matched queries are resized to full resolution. Without pairs the sums are empty: 0, but with a graph.
-    """
-    layers = torch.arange(len(queries), device=queries.device)[:, None]
-    matched = mask_logits[layers, queries].flatten(0, 1).float()
-    logits = F.interpolate(matched[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-
-    right = torch.where(masks, logits, -logits)
-    alpha = torch.where(masks, config.focal_alpha, 1 - config.focal_alpha)
-    focal_losses = (alpha * focal(right, config.focal_gamma)).mean(dim=(1, 2))
-
-    share = logits.sigmoid()
-    sums = share.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
-    dice_losses = 1 - (2 * (share * masks).sum(dim=(1, 2)) + 1) / (sums + 1)
-    return torch.stack([focal_losses, dice_losses]).view(2, *queries.shape).sum(dim=2)

@@ -4,21 +4,22 @@ The costs are the terms of the losses, at the resolution of the mask logits. Log
 the authors' code; mmdetection computes them from probabilities, which saturate beyond a logit of about 17.
 
 Letters: L decoder layers, B images, Q queries, K classes (K1 = K + 1, "no object" is index K), N segments, h w map of
-the mask logits.
+the mask logits, cells h * w.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 from torch import Tensor
-from torch.nn import functional as F
 
 from maskformer.config import LossConfig
-from maskformer.targets import Targets
+from maskformer.pieces import for_each, piece_size
+from maskformer.targets import Targets, to_device
 
 
 class NonFiniteLogitsError(ValueError):
@@ -57,19 +58,16 @@ def match_layers(
     """Match each decoder layer separately, as `match` does for one."""
     num_layers, num_images, num_queries, num_columns = class_logits.shape
     _check_targets(targets, num_images, num_columns - 1)
-    costs = [
-        matching_costs(class_logits[:, image], mask_logits[:, image], target, config)
-        for image, target in enumerate(targets)
-    ]
-    finite = [logits.isfinite().flatten(2).all(dim=2) for logits in (class_logits, mask_logits)]
-    # The assignment runs on the host. This single transfer, for all images and layers, synchronizes with the device.
-    parts = [*finite, *costs]
-    transfer = torch.cat([part.flatten().float() for part in parts]).cpu()
+    costs, mask_finite = matching_costs(class_logits, mask_logits, targets, config)
+    class_finite = class_logits.isfinite().flatten(2).all(dim=2)
+    # The assignment runs on the host. This single transfer, for all images and layers, waits for the device.
+    parts = [class_finite, mask_finite, *costs]
+    transfer = torch.cat([part.flatten().to(costs[0].dtype) for part in parts]).cpu()
     class_finite, mask_finite, *host_costs = torch.split(transfer, [part.numel() for part in parts])
     _check_finite("class_logits", class_finite.view(num_layers, num_images).numpy())
     _check_finite("mask_logits", mask_finite.view(num_layers, num_images).numpy())
 
-    pairs: list[tuple[Tensor, Tensor]] = []
+    assigned: list[np.ndarray] = []
     for image, (flat, target) in enumerate(zip(host_costs, targets, strict=True)):
         cost = flat.view(num_layers, num_queries, len(target)).numpy()
         if not np.isfinite(cost).all():
@@ -77,44 +75,82 @@ def match_layers(
                 f"The matching costs of image {image} in the batch are not finite: its logits are too large; lower the "
                 f"learning rate, or clip the gradients more."
             )
-        assigned = _assign(cost)
-        queries, target_indices = torch.as_tensor(assigned, device=class_logits.device)
-        pairs.append((queries, target_indices))
-    return pairs
+        assigned.append(_assign(cost))
+    pairs = to_device(torch.as_tensor(np.concatenate(assigned, axis=2)), class_logits.device)
+    queries, indices = (torch.split(each, [of_image.shape[2] for of_image in assigned], dim=1) for each in pairs)
+    return list(zip(queries, indices, strict=True))
 
 
 @torch.no_grad()
 def matching_costs(
-    class_logits: Float[Tensor, "L Q K1"],
-    mask_logits: Float[Tensor, "L Q h w"],
-    target: Targets,
+    class_logits: Float[Tensor, "L B Q K1"],
+    mask_logits: Float[Tensor, "L B Q h w"],
+    targets: Sequence[Targets],
     config: LossConfig,
-) -> Float[Tensor, "L Q N"]:
-    """Return the cost of each pair of query and segment of one image, in float32 even under autocast."""
-    with torch.autocast(mask_logits.device.type, enabled=False):
-        probability = class_logits.float().softmax(dim=-1)
-        class_cost = -probability[..., target.classes]
+) -> tuple[list[Float[Tensor, "L Q N"]], Bool[Tensor, "L B"]]:
+    """Return the cost of each pair of query and segment for each image, and whether its mask logits are all finite.
 
-        logits = mask_logits.float().flatten(2)
-        masks = target.resized(*mask_logits.shape[-2:]).flatten(1).float().T
-        inside = config.focal_alpha * focal(logits, config.focal_gamma)
-        outside = (1 - config.focal_alpha) * focal(-logits, config.focal_gamma)
-        # sum over pixels of t * inside + (1 - t) * outside, with one matrix product instead of two
-        focal_cost = ((inside - outside) @ masks + outside.sum(dim=-1, keepdim=True)) / logits.shape[-1]
-
-        share = logits.sigmoid()
-        sums = share.sum(dim=-1, keepdim=True) + masks.sum(dim=0)
-        dice_cost = 1 - (2 * share @ masks + 1) / (sums + 1)
-    return config.classification_weight * class_cost + config.focal_weight * focal_cost + config.dice_weight * dice_cost
-
-
-def focal(logits: Float[Tensor, "..."], gamma: float) -> Float[Tensor, "..."]:
-    """Return the focal loss of a binary decision, without alpha; positive `logits` mean the right decision.
-
-    (1 - p)^gamma * -log p with p = sigmoid(logits), in a form without overflow and cancellation
-    (arXiv:1708.02002, equation 4).
+    Computed in float32, also under autocast, or in float64 for logits in float64. Each map is read once, in pieces.
     """
-    return (-logits).sigmoid().pow(gamma) * F.softplus(-logits)
+    num_layers, num_images, num_queries = mask_logits.shape[:3]
+    device, size = mask_logits.device, mask_logits.shape[-2:]
+    dtype = torch.promote_types(mask_logits.dtype, torch.float32)
+    masks = [target.resized(*size).flatten(-2) for target in targets]
+    costs = [torch.empty(num_layers, num_queries, len(target), dtype=dtype, device=device) for target in targets]
+    finite = torch.empty(num_layers, num_images, dtype=torch.bool, device=device)
+
+    def compute(task: tuple[int, int]) -> None:
+        layer, image = task
+        with torch.autocast(device.type, enabled=False):
+            probability = class_logits[layer, image].to(dtype).softmax(dim=-1)
+            class_cost = -probability[:, targets[image].classes]
+            logits = mask_logits[layer, image].flatten(1)
+            mask_cost, finite[layer, image] = _mask_costs(logits, masks[image], len(targets[image]), config)
+            costs[image][layer] = config.classification_weight * class_cost + mask_cost
+
+    for_each(compute, list(product(range(num_layers), range(num_images))), device)
+    return costs, finite
+
+
+def _mask_costs(
+    logits: Float[Tensor, "Q cells"], masks: Tensor, num_segments: int, config: LossConfig
+) -> tuple[Float[Tensor, "Q N"], Bool[Tensor, ""]]:
+    """Return the weighted focal and dice costs of one image and layer, and whether its logits are all finite.
+
+    Args:
+        masks: [N, cells] bool, or the index map [cells].
+    """
+    num_queries, pixels = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    gamma, alpha = config.focal_gamma, config.focal_alpha
+    common, inside = logits.new_zeros(2, num_queries, num_segments, dtype=dtype)
+    outside, share_sum = logits.new_zeros(2, num_queries, 1, dtype=dtype)
+    area = logits.new_zeros(num_segments, dtype=dtype)
+    lowest, highest = logits.new_zeros(2, dtype=dtype)
+    numbers = torch.arange(1, num_segments + 1, device=masks.device)
+    piece = max(1, piece_size(logits.device) // num_queries)
+    for start in range(0, pixels, piece):
+        part = logits[:, start : start + piece].to(dtype)
+        here = masks[..., start : start + piece]
+        truth = (here.T if masks.ndim == 2 else here[:, None] == numbers).to(dtype)
+        # NaN and infinity reach the limits.
+        low, high = part.aminmax()
+        lowest, highest = torch.minimum(lowest, low), torch.maximum(highest, high)
+        share = part.sigmoid()
+        other = 1 - share
+        # softplus(part), the loss of a pixel outside; softplus(-part), that of one inside, is less by the logit.
+        loss = part.clamp(min=0).sub_(torch.maximum(share, other).log_())
+        loss_inside = (loss - part).mul_(alpha * other.pow_(gamma))
+        loss.mul_(share.pow(gamma)).mul_(1 - alpha)
+        # sum over pixels of t * inside + (1 - t) * outside, with one matrix product instead of two
+        inside.addmm_(loss_inside.sub_(loss), truth)
+        outside += loss.sum(dim=1, keepdim=True)
+        common.addmm_(share, truth)
+        share_sum += share.sum(dim=1, keepdim=True)
+        area += truth.sum(dim=0)
+    focal_cost = (inside + outside) / pixels
+    dice_cost = 1 - (2 * common + 1) / (share_sum + area + 1)
+    return config.focal_weight * focal_cost + config.dice_weight * dice_cost, lowest.isfinite() & highest.isfinite()
 
 
 def _assign(costs: Float[np.ndarray, "L Q N"]) -> np.ndarray:

@@ -40,6 +40,8 @@ def normalize(
     images: UInt8[Tensor, "B 3 H W"], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Tensor, "B 3 H W"]:
     """Return (images - mean) / std in float32."""
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() - shift) / scale
+    normalized = images.to(torch.float32, copy=True)
+    # Numbers instead of tensors, which would have to be copied to the device.
+    for channel, (shift, scale) in enumerate(zip(mean, std, strict=True)):
+        normalized[:, channel].sub_(shift).div_(scale)
+    return normalized

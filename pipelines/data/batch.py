@@ -1,10 +1,10 @@
 """From an Arrow table of samples to a padded PanopticBatch, and from it to the inputs of model and criterion.
 
-B images, H W padded size, N segments. Images stay uint8, and masks stay one index map per image, until they are on
-the training device.
+B images, H W padded size, N segments. A batch stays on the host. Images stay uint8, and masks stay one index map per
+image, until they are on the training device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from maskformer import Targets
 from maskformer.preprocess import normalize
+from maskformer.targets import to_device
 from pipelines.data.schema import AUGMENTED, require
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PanopticBatch:
         """Pad and stack a table of the AUGMENTED schema.
 
         Raises:
-            ValueError: the table has another schema or version.
+            ValueError: the table has another schema or version, or an index map does not fit its classes.
         """
         require(table, AUGMENTED, "A batch from the data stream")
         rows = table.to_pylist()
@@ -50,7 +53,7 @@ class PanopticBatch:
             h, w = row["height"], row["width"]
             images[index, :h, :w] = np.frombuffer(row["image"], np.uint8).reshape(h, w, 3)
             index_maps[index, :h, :w] = np.frombuffer(row["index_map"], "<u2").reshape(h, w)
-        return cls(
+        batch = cls(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             index_maps=torch.from_numpy(index_maps),
             sizes=tuple((row["height"], row["width"]) for row in rows),
@@ -60,34 +63,39 @@ class PanopticBatch:
             image_ids=tuple(row["image_id"] for row in rows),
             skipped=tuple(row["skipped"] for row in rows if row["skipped"] is not None),
         )
-
-    def to(self, device: torch.device) -> "PanopticBatch":
-        """Copy the tensors to `device`."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            index_maps=self.index_maps.to(device, non_blocking=True),
-            classes=tuple(classes.to(device, non_blocking=True) for classes in self.classes),
-        )
+        batch.targets()  # checks them before the workers agree on a step, of which all or none must take part
+        return batch
 
     def num_masks(self, num_queries: int) -> int:
         """Count the masks that can be matched: at most `num_queries` per image."""
         return sum(min(len(classes), num_queries) for classes in self.classes)
 
-    def inputs(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[Tensor, Tensor | None]:
-        """Return the model's inputs: normalized images with 0 in the padding, and the padding mask.
+    def inputs(
+        self, mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device = _CPU
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the model's inputs on `device`: normalized images with 0 in the padding, and the padding mask.
 
         Returns:
             [B, 3, H, W] float32, and [B, H, W] bool, True in the padding, or None if no image is padded.
         """
         height, width = self.images.shape[-2:]
-        padding = padding_mask(self.sizes, (height, width), self.images.device)
-        images = normalize(self.images, mean, std)
+        padding = padding_mask(self.sizes, (height, width), device)
+        images = normalize(to_device(self.images, device), mean, std)
         return (images if padding is None else images.masked_fill_(padding[:, None], 0.0)), padding
 
-    def targets(self) -> list[Targets]:
-        """Return each image's segments for the matcher and the criterion."""
-        return [Targets(classes, masks) for classes, masks in zip(self.classes, self.index_maps, strict=True)]
+    def targets(self, device: torch.device = _CPU) -> list[Targets]:
+        """Return each image's segments for the matcher and the criterion, checked on the host, on `device`.
+
+        Raises:
+            ValueError: an index map does not fit its classes; the message names the image.
+        """
+        targets: list[Targets] = []
+        for image_id, classes, index_map in zip(self.image_ids, self.classes, self.index_maps, strict=True):
+            try:
+                targets.append(Targets(classes, index_map).to(device))
+            except ValueError as error:
+                raise ValueError(f"Image {image_id}: {error}") from None
+        return targets
 
 
 def padding_mask(sizes: tuple[tuple[int, int], ...], padded: tuple[int, int], device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskformer.config import LossConfig
-from maskformer.matcher import NonFiniteLogitsError, focal, match, match_layers, matching_costs
+from maskformer.matcher import NonFiniteLogitsError, match, match_layers, matching_costs
 from maskformer.targets import Targets
 
 CONFIG = LossConfig()
@@ -59,9 +59,18 @@ def test_costs_equal_the_slow_definition(config: LossConfig, as_masks: bool):
         if as_masks:
             overlapping = targets.selected(torch.arange(3)) | (torch.arange(80).view(8, 10) % 7 == seed)
             targets = Targets(targets.classes, overlapping)
-        costs = matching_costs(class_logits[:, 0], mask_logits[:, 0], targets, config)
+        ((costs,), _) = matching_costs(class_logits, mask_logits, [targets], config)
         expected = torch.tensor(slow_costs(class_logits[0, 0], mask_logits[0, 0], targets, config))
         torch.testing.assert_close(costs[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 13, 200])
+def test_pieces_of_any_size_give_the_same_costs(piece: int, monkeypatch: pytest.MonkeyPatch):
+    class_logits, mask_logits, targets = random_case(0, num_queries=4, num_targets=3, layers=2)
+    whole = matching_costs(class_logits, mask_logits, [targets], CONFIG)
+    monkeypatch.setattr("maskformer.pieces._CPU_PIECE", piece)
+    pieces = matching_costs(class_logits, mask_logits, [targets], CONFIG)
+    torch.testing.assert_close(pieces[0][0], whole[0][0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_queries", "num_targets"), [(4, 4), (6, 3), (3, 5), (5, 1), (1, 3)])
@@ -105,25 +114,19 @@ def test_an_image_without_targets_has_no_pairs():
 
 def test_costs_stay_apart_at_large_logits():
     """Logarithms of float32 probabilities would saturate at 17 and make these equal."""
-    mask_logits = torch.tensor([-100.0, -50.0, 50.0, 100.0])[:, None, None].expand(4, 2, 2)[None]
+    mask_logits = torch.tensor([-100.0, -50.0, 50.0, 100.0])[:, None, None].expand(4, 2, 2)[None, None]
     targets = Targets(torch.tensor([0]), torch.ones(2, 2, dtype=torch.int32))
-    costs = matching_costs(torch.zeros(1, 4, 6), mask_logits, targets, LossConfig(dice_weight=0.0))
+    ((costs,), _) = matching_costs(torch.zeros(1, 1, 4, 6), mask_logits, [targets], LossConfig(dice_weight=0.0))
     expected = [20 * 0.25 * 100 - 1 / 6, 20 * 0.25 * 50 - 1 / 6, -1 / 6, -1 / 6]
     torch.testing.assert_close(costs[0, :, 0], torch.tensor(expected))
 
 
-def test_focal_keeps_its_precision_where_the_decision_is_right():
-    for logit in (-30.0, -1.0, 0.0, 5.0, 12.0, 25.0):
-        expected = (1 / (1 + math.exp(logit))) ** 2 * math.log1p(math.exp(-logit))
-        assert focal(torch.tensor(logit), gamma=2.0).item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_autocast_and_low_precision_do_not_change_the_costs():
     class_logits, mask_logits, targets = random_case(0, num_queries=5, num_targets=4)
-    class_logits, mask_logits = class_logits[:, 0].bfloat16(), mask_logits[:, 0].bfloat16()
-    expected = matching_costs(class_logits.float(), mask_logits.float(), targets, CONFIG)
+    class_logits, mask_logits = class_logits.bfloat16(), mask_logits.bfloat16()
+    ((expected,), _) = matching_costs(class_logits.float(), mask_logits.float(), [targets], CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        costs = matching_costs(class_logits, mask_logits, targets, CONFIG)
+        ((costs,), _) = matching_costs(class_logits, mask_logits, [targets], CONFIG)
     assert costs.dtype == torch.float32
     assert torch.equal(costs, expected)
 

@@ -15,7 +15,8 @@ def test_an_index_map_equals_its_masks(dtype: torch.dtype):
     assert torch.equal(plane.selected(indices), MASKS[indices])
     assert torch.equal(masks.selected(indices), MASKS[indices])
     for height, width in ((3, 4), (2, 2), (1, 3), (5, 9)):
-        assert torch.equal(plane.resized(height, width), masks.resized(height, width))
+        numbers = torch.arange(1, 4)[:, None, None]
+        assert torch.equal(plane.resized(height, width) == numbers, masks.resized(height, width))
     assert (len(plane), plane.max_class) == (3, 5)
 
 
@@ -30,13 +31,26 @@ def test_resizing_takes_the_upper_left_pixel_of_each_cell():
 def test_an_image_may_have_no_segments(masks: torch.Tensor):
     empty = Targets(torch.zeros(0, dtype=torch.int64), masks)
     assert len(empty) == 0
-    assert empty.resized(2, 2).shape == (0, 2, 2)
+    assert empty.resized(2, 2).shape == (*masks.shape[:-2], 2, 2)
     assert empty.selected(torch.zeros(0, dtype=torch.int64)).shape == (0, 4, 4)
 
 
 def test_a_segment_may_be_empty():
     targets = Targets(torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.int32))
-    assert targets.resized(1, 1).flatten().tolist() == [True, False]
+    assert targets.resized(1, 1).item() == 1
+    assert not targets.selected(torch.tensor([1])).any()
+
+
+def test_an_index_map_of_bytes_has_no_pixels_of_segment_256() -> None:
+    targets = Targets(torch.zeros(300, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.uint8))
+    assert not targets.selected(torch.tensor([255])).any()
+
+
+def test_moved_targets_are_equal() -> None:
+    moved = Targets(CLASSES, INDEX_MAP).to(torch.device("cpu"))
+    assert torch.equal(moved.classes, CLASSES)
+    assert torch.equal(moved.masks, INDEX_MAP)
+    assert moved.max_class == 5
 
 
 @pytest.mark.parametrize(

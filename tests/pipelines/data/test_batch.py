@@ -1,5 +1,7 @@
 """From Arrow tables to padded batches. The oracle sets each pixel individually."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -74,6 +76,7 @@ def test_replaced_images_are_told(ragged: list[dict]) -> None:
 def test_index_maps_keep_all_16_bits() -> None:
     row = sample((2, 2), 0)
     row["index_map"] = np.array([[0, 255], [256, 65535]], np.uint16)
+    row["classes"] = np.zeros(65535, np.int16)
     assert batch([row]).index_maps[0].tolist() == [[0, 255], [256, 65535]]
 
 
@@ -86,6 +89,14 @@ def test_targets_are_the_index_maps(ragged: list[dict]) -> None:
             padded = np.zeros((8, 9), bool)
             padded[: row["height"], : row["width"]] = row["index_map"] == number
             np.testing.assert_array_equal(mask.numpy(), padded)
+
+
+def test_an_index_map_that_does_not_fit_its_classes_names_the_image(ragged: list[dict]) -> None:
+    whole = batch(ragged)
+    broken = whole.index_maps.clone()
+    broken[1, 0, 0] = 1 + len(whole.classes[1])
+    with pytest.raises(ValueError, match=f"^Image {whole.image_ids[1]}: An index map with"):
+        replace(whole, index_maps=broken).targets()
 
 
 def test_inputs_are_normalized_with_zeros_in_the_padding(ragged: list[dict]) -> None:
