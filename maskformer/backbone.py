@@ -13,10 +13,10 @@ import torchvision  # pyright: ignore[reportMissingTypeStubs]  # torchvision shi
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import swin_transformer  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
-from torchvision.models.resnet import BasicBlock  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+from torchvision.models import resnet, swin_transformer  # pyright: ignore[reportMissingTypeStubs]  # the same
 
 from maskformer.config import ModelConfig
+from maskformer.recompute import call_layers
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -36,6 +36,34 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
+def _conv_norm(x: Float[Tensor, "B _C _h _w"], conv: nn.Module, norm: nn.Module) -> Float[Tensor, "B _D _i _j"]:
+    """Convolve and normalize in one convolution: a frozen norm is a factor and a shift of each output channel.
+
+    There is no map between the two, neither to compute nor to keep for the backward pass.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, FrozenBatchNorm2d)  # statistics of the batch could not be known before the convolution
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    # Under autocast these products stay float32, and only the convolution rounds their result.
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, norm.bias - mean * scale, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's residual block for `FrozenBatchNorm2d`, with fewer and smaller maps kept for the backward pass."""
+
+    def forward(self, x: Float[Tensor, "B _C _h _w"]) -> Float[Tensor, "B _D _i _j"]:
+        """Return the sum of the shortcut and three convolutions. `x` is not changed."""
+        shortcut = x if self.downsample is None else _conv_norm(x, *self.downsample.children())
+        # In place, since the backward pass of a convolution does not need the convolution's output.
+        x = F.relu_(_conv_norm(x, self.conv1, self.bn1))
+        x = F.relu_(_conv_norm(x, self.conv2, self.bn2))
+        x = _conv_norm(x, self.conv3, self.bn3)
+        x += shortcut
+        return F.relu_(x)
+
+
 class ResNet(nn.Module):
     """torchvision's ResNet-50 or -101 without its classifier, strides 4, 8, 16 and 32. All convolutions train.
 
@@ -44,27 +72,32 @@ class ResNet(nn.Module):
 
     channels = (256, 512, 1024, 2048)
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, recompute: bool = False) -> None:
+        """Draw random weights.
+
+        Args:
+            recompute: compute every block again in the backward pass instead of keeping its activations.
+        """
         super().__init__()
-        build = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
-        resnet = build(weights=None, norm_layer=FrozenBatchNorm2d)
-        self.conv1 = resnet.conv1
-        self.bn1 = resnet.bn1
-        self.relu = resnet.relu
-        self.maxpool = resnet.maxpool
-        self.layer1 = resnet.layer1
-        self.layer2 = resnet.layer2
-        self.layer3 = resnet.layer3
-        self.layer4 = resnet.layer4
+        self.recompute = recompute
+        blocks = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}[depth]
+        whole = resnet.ResNet(Bottleneck, blocks, norm_layer=FrozenBatchNorm2d)
+        self.conv1 = whole.conv1
+        self.bn1 = whole.bn1
+        self.maxpool = whole.maxpool
+        self.layer1 = whole.layer1
+        self.layer2 = whole.layer2
+        self.layer3 = whole.layer3
+        self.layer4 = whole.layer4
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         """Return res2, res3, res4 and res5."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        res2 = self.layer1(x)
-        res3 = self.layer2(res2)
-        res4 = self.layer3(res3)
-        res5 = self.layer4(res4)
-        return [res2, res3, res4, res5]
+        x = self.maxpool(F.relu_(_conv_norm(images, self.conv1, self.bn1)))
+        features: list[Tensor] = []
+        for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = call_layers(blocks, x, recompute=self.recompute)
+            features.append(x)
+        return features
 
 
 class ShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
@@ -127,9 +160,24 @@ class Swin(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], window: int, drop_path: float
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window: int,
+        drop_path: float,
+        recompute: bool = False,
     ) -> None:
+        """Draw random weights.
+
+        Args:
+            depths: blocks of each stage; `num_heads` likewise.
+            window: side of a window in patches.
+            drop_path: rate of the last block.
+            recompute: compute every block again in the backward pass instead of keeping its activations.
+        """
         super().__init__()
+        self.recompute = recompute
         self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.features = torchvision.models.SwinTransformer(
             patch_size=[4, 4],
@@ -149,9 +197,11 @@ class Swin(nn.Module):
         features: list[Tensor] = []
         # The layers alternate: patch embedding, stage, patch merging, stage, and so on.
         for index, layer in enumerate(self.features):
-            x = layer(x)
-            if index % 2:
-                features.append(self.norms[index // 2](x).permute(0, 3, 1, 2).contiguous())
+            if index % 2 == 0:
+                x = layer(x)
+            else:
+                x = call_layers(layer.children(), x, recompute=self.recompute)
+                features.append(self.norms[index // 2](x).permute(0, 3, 1, 2))
         return features
 
 
@@ -175,7 +225,7 @@ class SmallBackbone(nn.Module):
             shortcut = None
             if channels != previous:
                 shortcut = nn.Sequential(nn.Conv2d(previous, channels, 1, stride=stride, bias=False), norm(channels))
-            self.stages.append(BasicBlock(previous, channels, stride, shortcut, norm_layer=norm))
+            self.stages.append(resnet.BasicBlock(previous, channels, stride, shortcut, norm_layer=norm))
             previous = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -193,18 +243,19 @@ class SmallBackbone(nn.Module):
 
 def build_backbone(config: ModelConfig) -> ResNet | Swin | SmallBackbone:
     """Build the backbone `config.backbone` with random weights."""
+    recompute = config.checkpoint_activations
     match config.backbone:
         case "resnet50":
-            return ResNet(50)
+            return ResNet(50, recompute)
         case "resnet101":
-            return ResNet(101)
+            return ResNet(101, recompute)
         case "swin_t":
-            return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, config.drop_path)
+            return Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, config.drop_path, recompute)
         case "swin_s":
-            return Swin(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, config.drop_path)
+            return Swin(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, config.drop_path, recompute)
         case "swin_b":
-            return Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, config.drop_path)
+            return Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, config.drop_path, recompute)
         case "swin_l":
-            return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, config.drop_path)
+            return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, config.drop_path, recompute)
         case "small":
             return SmallBackbone()

@@ -24,8 +24,9 @@ _STEP_DECAY = 0.1
 def parameter_groups(model: MaskFormer, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Put every trainable parameter into one group of AdamW; groups without parameters are omitted.
 
-    Each group has `name`, `params`, `lr`, `initial_lr` (the rate before the schedule; PyTorch's name for it) and
-    `weight_decay`.
+    Those with equal learning rate and weight decay are one group, so that AdamW updates them together; it has the names
+    of all of them. Each group has `name`, `params`, `lr`, `initial_lr` (the rate before the schedule; PyTorch's name
+    for it) and `weight_decay`.
     """
     backbone_lr = config.lr * config.backbone_lr_multiplier
     groups = [
@@ -49,7 +50,17 @@ def parameter_groups(model: MaskFormer, config: OptimizerConfig) -> list[dict[st
         else:
             name = "backbone" if module in backbone else "heads"
         by_name[name]["params"] += [p for p in module.parameters(recurse=False) if p.requires_grad]
-    return [group for group in groups if group["params"]]
+    return _merged([group for group in groups if group["params"]])
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in groups:
+        same = merged.setdefault((group["lr"], group["weight_decay"]), group)
+        if same is not group:
+            same["name"] += f", {group['name']}"
+            same["params"] += group["params"]
+    return list(merged.values())
 
 
 def _group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
@@ -58,7 +69,8 @@ def _group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
 
 def build_optimizer(model: MaskFormer, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW with the groups of `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps)
+    # Fused: one pass over parameters, gradients and moments.
+    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate_factor(step: int, total_steps: int, steps_per_epoch: float, config: ScheduleConfig) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskformer.config import ModelConfig
+from maskformer.recompute import call_layers
 from maskformer.transformer import EncoderLayer
 
 
@@ -29,14 +30,15 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], config: ModelConfig) -> None:
         super().__init__()
+        self.recompute = config.checkpoint_activations
         hidden = config.hidden_dim
         *finer, coarsest = channels
         self.projection = nn.Conv2d(coarsest, hidden, 1)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.top = _conv_norm(hidden if config.encoder_layers else coarsest, hidden, 3).append(nn.ReLU())
+        self.top = _conv_norm(hidden if config.encoder_layers else coarsest, hidden, 3).append(nn.ReLU(inplace=True))
         # Coarse to fine, the order of use.
         self.laterals = nn.ModuleList(_conv_norm(width, hidden, 1) for width in reversed(finer))
-        self.outputs = nn.ModuleList(_conv_norm(hidden, hidden, 3).append(nn.ReLU()) for _ in finer)
+        self.outputs = nn.ModuleList(_conv_norm(hidden, hidden, 3).append(nn.ReLU(inplace=True)) for _ in finer)
         self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -61,13 +63,13 @@ class PixelDecoder(nn.Module):
             ignored: True where a cell of the coarsest map is padding.
         """
         *finer, coarsest = features
-        memory = self.projection(coarsest).flatten(2).transpose(1, 2)
-        for layer in self.encoder:
-            memory = layer(memory, positions, ignored)
+        memory: Tensor = self.projection(coarsest).flatten(2).transpose(1, 2)
+        memory = call_layers(self.encoder, memory, positions, ignored, recompute=self.recompute)
         if len(self.encoder) > 0:
-            coarsest = memory.transpose(1, 2).unflatten(2, coarsest.shape[-2:])
+            coarsest = memory.transpose(1, 2).view(*memory.shape[::2], *coarsest.shape[-2:])
         x = self.top(coarsest)
         for feature, lateral, output in zip(reversed(finer), self.laterals, self.outputs, strict=True):
             fine: Tensor = lateral(feature)
-            x = output(fine + F.interpolate(x, size=fine.shape[-2:], mode="nearest"))
+            fine += F.interpolate(x, size=fine.shape[-2:], mode="nearest")
+            x = output(fine)
         return self.mask_features(x), memory

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -10,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from maskformer.backbone import FrozenBatchNorm2d, ResNet, SmallBackbone, Swin
-from maskformer.config import DEMO, R50, ModelConfig
+from maskformer.backbone import Bottleneck, FrozenBatchNorm2d, ResNet, SmallBackbone, Swin
+from maskformer.config import DEMO, R50, SWIN_T, ModelConfig
 from maskformer.model import build_model
 from maskformer.pixel_decoder import PixelDecoder
 from maskformer.transformer import sine_positions
@@ -107,24 +108,65 @@ def test_demo_predicts_at_half_of_the_size() -> None:
 # ---- backbone
 
 
-def test_r50_features_are_those_of_torchvision() -> None:
-    reference = torchvision.models.resnet50(weights=None)
+def torchvision_resnet(depth: int) -> nn.Module:
+    """Build torchvision's own, in evaluation mode and with statistics to apply."""
+    build = {50: torchvision.models.resnet50, 101: torchvision.models.resnet101}[depth]
+    reference = build(weights=None)
     for module in reference.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.2, 0.4)
             nn.init.normal_(module.bias)
             nn.init.normal_(module.get_buffer("running_mean"))
             nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
-    backbone = ResNet(50)
+    return reference.eval()
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+def test_resnet_features_and_gradients_are_those_of_torchvision(depth: int) -> None:
+    reference, backbone = torchvision_resnet(depth).double(), ResNet(depth).double()
     result = backbone.load_state_dict(reference.state_dict(), strict=False)
     assert result.missing_keys == []
     assert result.unexpected_keys == ["fc.weight", "fc.bias"]
 
-    images = torch.randn(1, 3, 40, 50)
+    images = torch.randn(2, 3, 40, 50, dtype=torch.float64)
     stages = [f"layer{number}" for number in range(1, 5)]
-    expected = create_feature_extractor(reference.eval(), return_nodes=stages)(images)
-    for stage, actual in zip(stages, backbone.train()(images), strict=True):
-        torch.testing.assert_close(actual, expected[stage])
+    expected = create_feature_extractor(reference, return_nodes=stages)(images)
+    features = backbone.train()(images)
+    for stage, actual in zip(stages, features, strict=True):
+        torch.testing.assert_close(actual, expected[stage], rtol=1e-10, atol=1e-10)
+
+    for stage, actual in zip(stages, features, strict=True):
+        weight = torch.randn_like(actual) / actual.numel()
+        (weight * actual).sum().backward(retain_graph=True)
+        (weight * expected[stage]).sum().backward(retain_graph=True)
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            gradient = reference.get_parameter(name).grad
+            assert gradient is not None, name
+            assert gradient.any(), name
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_resnet_starts_with_the_weights_of_torchvision() -> None:
+    torch.manual_seed(7)
+    reference = torchvision.models.resnet50(weights=None)
+    torch.manual_seed(7)
+    state = ResNet(50).state_dict()
+    assert all(torch.equal(tensor, reference.state_dict()[name]) for name, tensor in state.items())
+
+
+def test_under_autocast_a_resnet_rounds_no_more_than_torchvision() -> None:
+    reference, backbone, images = torchvision_resnet(50), ResNet(50), torch.randn(1, 3, 64, 64)
+    backbone.load_state_dict(reference.state_dict(), strict=False)
+    stages = [f"layer{number}" for number in range(1, 5)]
+    peer = create_feature_extractor(reference, return_nodes=stages)
+    exact = peer(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features, rounded = backbone(images), peer(images)
+    for feature, stage in zip(features, stages, strict=True):
+        assert feature.dtype == torch.bfloat16
+        error, usual = ((other.float() - exact[stage]).norm() for other in (feature, rounded[stage]))
+        assert 0 < error < 1.5 * usual
 
 
 def test_batch_statistics_never_move() -> None:
@@ -301,6 +343,26 @@ def test_bfloat16_autocast_gives_nearly_the_same(config: ModelConfig) -> None:
         assert (actual.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean()
     (output.class_logits.float().square().mean() + output.mask_logits.float().square().mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [R50, SWIN_T], ids=["R50", "Swin-T"])
+def test_maps_are_channels_last_all_the_way_and_weights_are_not(config: ModelConfig) -> None:
+    """Each change of the layout would be a copy, and checkpoints have contiguous weights."""
+    model = build_model(config)
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen[name] = inputs[0]
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.GroupNorm | Bottleneck):
+            module.register_forward_pre_hook(partial(note, name))
+    model(torch.randn(2, 3, 64, 96))
+    assert len([name for name in seen if name.startswith("pixel_decoder.")]) == 1 + 7 * 2 + 1
+    assert any(name.startswith("backbone.") for name in seen)
+    for name, tensor in seen.items():
+        assert tensor.is_contiguous(memory_format=torch.channels_last), name
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_query_embedding_starts_standard_normal() -> None:

@@ -64,6 +64,29 @@ def test_every_group_follows_its_own_settings() -> None:
     assert "class_head.bias" in listed["heads"]
 
 
+def test_groups_with_equal_settings_are_one() -> None:
+    """Every parameter keeps the rate and the decay that it has if all groups differ."""
+    model = build_model(DEMO)
+    distinct = OptimizerConfig(norm_weight_decay=0.2, backbone_norm_weight_decay=0.4, query_weight_decay=0.3)
+    equal = OptimizerConfig(backbone_lr_multiplier=1.0, norm_weight_decay=0.0, query_weight_decay=0.0)
+    groups = {group["name"]: group for group in parameter_groups(model, equal)}
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "backbone, heads": (1e-4, 1e-4),
+        "backbone norms, head norms, queries": (1e-4, 0.0),
+    }
+    for name, group in groups.items():
+        apart = [part for part in parameter_groups(model, distinct) if part["name"] in name.split(", ")]
+        assert [id(p) for p in group["params"]] == [id(p) for part in apart for p in part["params"]]
+
+
+def test_a_state_of_other_groups_is_refused() -> None:
+    """The state has no names of parameters, only their order, which depends on the groups."""
+    model = build_model(DEMO)
+    apart = build_optimizer(model, OptimizerConfig(norm_weight_decay=0.2, query_weight_decay=0.3)).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        build_optimizer(model, OptimizerConfig()).load_state_dict(apart)
+
+
 def test_a_step_without_gradient_only_decays() -> None:
     model = build_model(DEMO)
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, backbone_lr_multiplier=0.5, weight_decay=0.2))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from maskformer.config import PanopticConfig
 from maskformer.panoptic_quality import PanopticQuality
-from maskformer.postprocess import instances, panoptic, semantic
+from maskformer.postprocess import Size, _Resizer, instances, panoptic, semantic  # pyright: ignore[reportPrivateUsage]
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco(
@@ -108,6 +108,79 @@ def test_the_random_cases_drop_and_merge_segments():
         merged += len(everything) < num_kept
     assert dropped > 5
     assert merged > 5
+
+
+def direct_resize(mask: Tensor, size) -> Tensor:
+    """Resize one map [h, w] in two steps as the published implementations do."""
+    padded, valid, original = size
+    mask = F.interpolate(mask[None, None], padded, mode="bilinear", align_corners=False)
+    mask = mask[..., : valid[0], : valid[1]]
+    return F.interpolate(mask, original, mode="bilinear", align_corners=False)[0, 0]
+
+
+def slow_running_maximum(class_logits: Tensor, mask_logits: Tensor, size, config: PanopticConfig) -> np.ndarray:
+    """The owner of each pixel, -1 for void, without merged stuff; every map is a new tensor."""
+    scores, classes = class_logits.softmax(-1).max(-1)
+    owner = torch.full(size[2], -1)
+    highest = torch.full(size[2], -1.0)
+    full_areas = {}
+    for query in range(len(scores)):
+        if classes[query] != NOTHING and scores[query] > config.score_threshold:
+            probability = direct_resize(mask_logits[query], size).sigmoid()
+            better = scores[query] * probability > highest
+            owner = torch.where(better, query, owner)
+            highest = torch.where(better, scores[query] * probability, highest)
+            full_areas[query] = int((probability >= 0.5).sum())
+    for query, full_area in full_areas.items():
+        owned = owner == query
+        if not full_area or not owned.any() or int(owned.sum()) / full_area < config.overlap_threshold:
+            owner = torch.where(owned, -1, owner)
+    return owner.numpy()
+
+
+# The map of the mask logits; padded input, its valid part, original image.
+SIZES: dict[str, tuple[Size, tuple[Size, Size, Size]]] = {
+    "no padding": ((50, 76), ((200, 304), (200, 304), (120, 160))),
+    "padding": ((50, 76), ((200, 304), (183, 251), (131, 180))),
+    "padding, enlarged": ((20, 31), ((77, 121), (70, 90), (210, 270))),
+    "not a multiple of four": ((37, 43), ((146, 169), (146, 169), (97, 111))),
+    "small": ((16, 16), ((64, 64), (61, 64), (64, 67))),
+    "above small": ((17, 16), ((65, 64), (65, 60), (64, 67))),
+    "narrow": ((60, 2), ((240, 8), (238, 3), (111, 5))),
+    "one pixel valid": ((33, 40), ((130, 160), (1, 1), (9, 7))),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", SIZES)
+def test_every_pixel_equals_that_of_the_slow_running_maximum(case: str, seed: int):
+    coarse, size = SIZES[case]
+    generator = torch.Generator().manual_seed(seed)
+    class_logits = class_logits_of([DOG, CAT] * 10, torch.linspace(0.75, 0.99, 20).tolist())
+    class_logits[4:8] = torch.eye(5)[DOG] * 200  # four scores of exactly 1
+    mask_logits = torch.randn(20, 4, 5, generator=generator) * 6
+    mask_logits = F.interpolate(mask_logits[None], coarse, mode="bilinear")[0]
+    mask_logits[4:7] = mask_logits[4:7] * 20 + 20  # saturated: they tie wherever two of them are inside
+    mask_logits[9] = mask_logits[8]
+    class_logits[9] = class_logits[8]
+    config = PanopticConfig(overlap_threshold=0.1 * seed)
+    ids, segments = panoptic(class_logits, mask_logits, size, config, TAXONOMY)
+
+    owner = slow_running_maximum(class_logits, mask_logits, size, config)
+    queries = [query for query in range(20) if (owner == query).any()]
+    assert len(segments) == len(queries) > 0
+    for number, query in enumerate(queries, 1):
+        assert ((ids == number) == (owner == query)).all()
+    assert 9 not in queries  # the same as query 8
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_resized_maps_equal_those_of_the_published_steps_bit_for_bit(case: str):
+    coarse, size = SIZES[case]
+    mask_logits = torch.randn(3, *coarse, generator=torch.Generator().manual_seed(0)) * 5
+    resizer = _Resizer(mask_logits, *size)
+    for mask in mask_logits:
+        assert torch.equal(resizer(mask), direct_resize(mask, size))
 
 
 def rows_of_pixels(*rows: str) -> Tensor:
