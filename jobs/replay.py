@@ -25,7 +25,7 @@ class Replay:
     bundle: str
     """Folder that the run wrote when it stopped, <run>/replay/step_*. Path or s3:// URI."""
     precision: Literal["bfloat16", "float32"] | None = None
-    """Precision of the network (autocast). Default: that of the run on a GPU, float32 on the CPU."""
+    """Precision of the network (autocast). Default: what the run's setting is on the device."""
     scaling: ReplayScaling = field(default_factory=ReplayScaling)
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         raise UserError("--scaling.device is cuda, and this machine has no GPU. Leave it out to compute on the CPU.")
     bundle = read_bundle(locate(flags.bundle))
     device = flags.scaling.device or (bundle.config.scaling.device if torch.cuda.is_available() else "cpu")
-    precision = flags.precision or (bundle.config.precision if device == "cuda" else "float32")
+    precision = flags.precision or bundle.config.network_precision(device)
     print(replay(bundle, torch.device(device), precision))
 
 

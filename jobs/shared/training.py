@@ -13,7 +13,7 @@ from jobs.shared.console import quiet
 from pipelines.config.fields import ESSENTIAL, facts
 from pipelines.config.overrides import flatten, with_overrides
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
-from pipelines.config.serialize import VERSION
+from pipelines.config.serialize import VERSION, upgraded
 from pipelines.config.train import TrainConfig
 from pipelines.errors import StorageUnavailableError, UserError
 
@@ -138,13 +138,18 @@ def _settings_of(uri: str) -> dict[str, Any]:
     record = values.get("config")
     if not isinstance(record, dict):
         return flatten(values)
-    if "data_hash" in values and values.get("version", 1) != VERSION:
+    version = values.get("version", 1) if "data_hash" in values else VERSION
+    if version not in (2, VERSION):
         raise UserError(
-            f"{file} was written by another version of maskformer-ray (version {values.get('version', 1)}, this "
+            f"{file} was written by another version of maskformer-ray (version {version}, this "
             f"program reads {VERSION}), whose settings have other names. Give --config {form}."
         )
     # A run's record. Another run needs another name.
-    return {name: value for name, value in flatten(record).items() if name not in ("run.name", "tracking.parent")}
+    return {
+        name: value
+        for name, value in flatten(upgraded(record, version)).items()
+        if name not in ("run.name", "tracking.parent")
+    }
 
 
 def training_images(config: TrainConfig) -> tuple[int, str, Literal["measured", "given", "published"]]:

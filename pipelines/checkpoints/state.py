@@ -98,6 +98,8 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "reduction": "exact" if exact else "fast",
         "threads": config.scaling.threads,
         "device": config.scaling.device,
+        "precision": config.network_precision(config.scaling.device),
+        "compile": config.scaling.compile,
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,

@@ -27,6 +27,7 @@ class Facts:
 
 FACTS = {
     "recipe": Facts(in_sweep="no effect"),
+    "model.checkpoint_activations": Facts(resumable=True, in_sweep="no effect"),
     "run.name": Facts(in_sweep="no effect"),
     "run.storage": Facts(resumable=True, in_sweep="no effect", variable="MASKFORMER_STORAGE"),
     "run.sample_log": Facts(resumable=True, in_sweep="no effect"),

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pipelines.config.fields import convert, describe_type
 from pipelines.errors import UserError
 
-VERSION = 2
-"""Version of the setting names in a run's config.json."""
+VERSION = 3
+"""Version of the settings in a run's config.json. 3: `precision` bfloat16 also applies to CPUs."""
 
 Config = TypeVar("Config")
 
@@ -33,6 +33,13 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
             f"Use the version of maskformer-ray that saved it."
         )
     return kind(**{name: _rebuilt(kind, name, hints[name], value) for name, value in values.items()})
+
+
+def upgraded(values: dict[str, Any], version: int) -> dict[str, Any]:
+    """Return a training configuration of version 2 or later, as `to_dict` gave it, in the settings of today."""
+    if version == 2 and values.get("precision") == "bfloat16":
+        return {**values, "precision": "auto"}
+    return values
 
 
 def _rebuilt(kind: type, name: str, hint: Any, value: Any) -> Any:

@@ -37,7 +37,7 @@ def describe(config: TrainConfig, num_images: int, source: str) -> str:
         ("dropout", f"{network.dropout:g}, decoder feed-forward layers {network.decoder_feedforward_dropout:g}, "
                     f"drop path {network.drop_path:g}"),
         ("weights", config.weights),
-        ("precision", f"{config.precision} on GPUs, float32 on CPUs"),
+        ("precision", f"{config.network_precision('cuda')} on GPUs, {config.network_precision('cpu')} on CPUs"),
         ("images", f"{num_images:,} {source}"),
         ("batch", f"{config.batch_split} (workers, micro-batch, accumulation)"),
         ("length", f"{steps:,} steps = {steps / steps_per_epoch:,.2f} epochs: {steps * run.global_batch:,} images"),
@@ -53,11 +53,13 @@ def describe(config: TrainConfig, num_images: int, source: str) -> str:
                       f"gradients clipped at {config.optimizer.clip_norm:g}"),
     ]  # fmt: skip
     lines = [f"{name:<14}{value}" for name, value in rows]
-    lines += ["", f"{'group':<18}{'tensors':>8}{'parameters':>14}{'lr':>10}{'decay':>10}"]
-    for group in parameter_groups(model, config.optimizer):
+    groups = parameter_groups(model, config.optimizer)
+    width = max(16, *(len(group["name"]) for group in groups)) + 2
+    lines += ["", f"{'group':<{width}}{'tensors':>8}{'parameters':>14}{'lr':>10}{'decay':>10}"]
+    for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         lines.append(
-            f"{group['name']:<18}{len(group['params']):>8}{count:>14,}{group['lr']:>10.3g}{group['weight_decay']:>10.3g}"
+            f"{group['name']:<{width}}{len(group['params']):>8}{count:>14,}{group['lr']:>10.3g}{group['weight_decay']:>10.3g}"
         )
     return "\n".join(lines)
 

@@ -136,9 +136,8 @@ def make_plan(
 
     state = state_memory(config.model, averaged=config.optimizer.ema_decay > 0)
     on_gpu = scaling.device == "cuda"
-    held = activations(
-        config.model, run.micro_batch, largest, masks, scaling.device, on_gpu and config.precision == "bfloat16"
-    )
+    bfloat16 = config.network_precision(scaling.device) == "bfloat16"
+    held = activations(config.model, run.micro_batch, largest, masks, scaling.device, bfloat16)
     memory = tuple(state.total + peak for peak in held.peak)
     if on_gpu and memory[1] > hardware.gpu_memory * GB:
         raise UserError(

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskformer import build_model
+from maskformer import MaskFormer, build_model
 from maskformer.config import LossConfig, ModelConfig
 
 # The part of the criterion after the matching. Only the matching needs values.
-from maskformer.criterion import mask_losses_of_image
+from maskformer.mask_losses import mask_losses
 from maskformer.model import MaskFormerOutput
+from maskformer.pieces import piece_size
+from maskformer.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ class StateMemory:
     """Gradients of the trainable parameters."""
     optimizer: int
     """The two moments of AdamW."""
-    buckets: int
-    """The copies of the gradients that DDP communicates."""
     averaged: int
     """The averaged weights (EMA), 0 without them."""
     checkpoint: int
@@ -50,7 +48,7 @@ class StateMemory:
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.parameters + self.gradients + self.optimizer + self.buckets + self.averaged
+        return self.parameters + self.gradients + self.optimizer + self.averaged
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,15 @@ class Activations:
     saved: tuple[int, ...]
     """Tensors that network and criterion save for the backward pass, for each number of masks."""
     peak: tuple[int, ...]
-    """Peak of the forward pass including temporaries, for each number of masks. According to a measurement on meta
-    tensors at 800x1333, the backward pass needs less: it frees faster than it allocates."""
+    """Peak of the forward and backward pass including temporaries, for each number of masks."""
 
 
 def state_memory(config: ModelConfig, averaged: bool = False) -> StateMemory:
-    """Count the memory of parameters, gradients, optimizer, DDP and `averaged` weights, all in float32.
+    """Count the memory of parameters, gradients, optimizer and `averaged` weights, all in float32.
+
+    DDP's buckets are the gradients. Exact reduction, the default on CPUs, has further copies of the gradients, which
+    are not counted: one if there are several workers, or one for each time that the micro-batches of a worker can be
+    halved, whichever is more.
 
     While a quick PQ uses averaged weights, the trained ones are kept beside them: that copy is not counted, since
     there are no gradients of activations at that time.
@@ -81,7 +82,6 @@ def state_memory(config: ModelConfig, averaged: bool = False) -> StateMemory:
         parameters=parameters,
         gradients=trained,
         optimizer=2 * trained,
-        buckets=trained,
         averaged=stored if averaged else 0,
         checkpoint=stored + 2 * trained + (stored if averaged else 0),
     )
@@ -95,44 +95,75 @@ def activations(
     device: Literal["cpu", "cuda"],
     bfloat16: bool = False,
 ) -> Activations:
-    """Run a forward pass of `batch` images of `size` (H, W) on fake tensors, and count its allocations.
+    """Run a forward and a backward pass of `batch` images of `size` (H, W) on fake tensors, and count allocations.
 
-    Matching is left out: its temporaries, about six times the mask logits, are freed before the mask losses allocate
-    more than that. The class loss is left out because it is small: one number per query and class.
+    Matching is left out: its temporaries are as small as those of the mask losses. The class loss is left out because
+    it is small: one number per query and class.
 
     Args:
         masks: numbers of matched segments per image; each gives a separate figure.
         device: whose kernels to assume. Attention matrices count as stored, as on a CPU. The fused kernels of a GPU do
             not store them, but a PyTorch build without CUDA cannot tell: for R50 at 800x1333 about 0.5 GB too much.
-        bfloat16: run the network under autocast, as on a GPU. Losses are always float32.
+        bfloat16: run the network under autocast. Losses are always float32.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # initialization reads values, which fake tensors do not have
         network = build_model(config).train()
+    saved: list[int] = []
+    peak: list[int] = []
     with FakeTensorMode():
-        tensors = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
-            for name, tensor in (*network.named_parameters(), *network.named_buffers())
-        }
-        with _Allocations(tensors.values()) as allocated, allocated.saving():
-            images = torch.empty(batch, 3, *size, device=device)
-            with _autocast(device, bfloat16):
-                output: MaskFormerOutput = functional_call(network, tensors, (images,))
-            network_saved, network_peak = allocated.saved, allocated.peak
-            saved, peak = [], []
-            for count in masks:
+        # Without a GPU, PyTorch cannot run a backward pass on a fake one. So this is what it takes on a CPU in
+        # addition to what is there when it starts.
+        rise = 0
+        if masks:
+            output, allocated = _forward(network, batch, size, "cpu", bfloat16)
+            with allocated:
+                losses = _without_matching(output, max(masks), size)
+                start = allocated.peak = allocated.live
+                torch.autograd.backward([losses.sum(), output.class_logits.sum()])
+            rise = allocated.peak - start
+            del output, allocated, losses
+
+        output, allocated = _forward(network, batch, size, device, bfloat16)
+        network_saved, network_peak = allocated.live - _bytes(output), allocated.peak
+        for count in masks:
+            with allocated:
                 allocated.peak = allocated.live
                 losses = _without_matching(output, count, size)
-                saved.append(allocated.saved)
-                peak.append(max(network_peak, allocated.peak))
-                del losses  # frees the tensors saved for their backward pass
+            saved.append(allocated.live - _bytes(output))
+            peak.append(max(network_peak, allocated.peak, allocated.live + rise))
+            del losses  # frees the tensors saved for their backward pass
     return Activations(network=network_saved, saved=tuple(saved), peak=tuple(peak))
+
+
+def _forward(
+    network: MaskFormer, batch: int, size: tuple[int, int], device: str, bfloat16: bool
+) -> tuple[MaskFormerOutput, "_Allocations"]:
+    """Give the network fake tensors and run it; return the output, and the counter, which can go on counting."""
+    for module in network.modules():
+        for name, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            new = torch.empty(old.shape, dtype=old.dtype, device=device)
+            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    for parameter in network.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # part of the state
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    with _Allocations([*network.parameters(), *network.buffers(), *gradients]) as allocated:
+        images = torch.empty(batch, 3, *size, device=device)
+        with _autocast(device, bfloat16):
+            output = network(images)
+    return output, allocated
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def published_layout(config: ModelConfig, size: tuple[int, int], masks: int) -> int:
     """Model the peak of the published implementation, mmdetection 2.25, for one image of `size` (H, W).
 
-    The network has the same operators as ours, in float32 and with stored attention matrices. The losses differ. Per
-    pixel of every matched mask, at full resolution, each decoder layer saves for the backward pass
+    The network has the same operators as ours, in float32 and with stored attention matrices. What a ResNet's norms
+    save there, and ours do not since they are part of the convolutions, is not included: 0.9 GB for R50 at 800x1333.
+    Besides the gradients, DDP has a copy of them. The losses differ more. Per pixel of every matched mask, at full
+    resolution, each decoder layer saves for the backward pass
       - the upsampled logits, float32, for the focal loss: 4 bytes
       - their inverted targets, int64, since its kernel expects class indices: 8 bytes
       - the sigmoid and the targets as float32 for the dice loss: 4 + 4 bytes
@@ -140,8 +171,9 @@ def published_layout(config: ModelConfig, size: tuple[int, int], masks: int) -> 
     gathered and concatenated: 3 x 8 bytes. cuDNN workspaces and fragmentation are not included.
     """
     per_pixel = config.decoder_layers * (4 + 8 + 4 + 4) + 3 * 8
+    state = state_memory(config)
     network = activations(config, 1, size, (), "cpu").network
-    return state_memory(config).total + network + per_pixel * masks * size[0] * size[1]
+    return state.total + state.gradients + network + per_pixel * masks * size[0] * size[1]
 
 
 def multiply_adds(config: ModelConfig, size: tuple[int, int]) -> int:
@@ -153,21 +185,31 @@ def multiply_adds(config: ModelConfig, size: tuple[int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def _without_matching(output: MaskFormerOutput, masks: int, size: tuple[int, int]) -> list[Tensor]:
-    """Return the mask losses of each image, assuming that queries 0..masks-1 are matched in every layer."""
+def _without_matching(output: MaskFormerOutput, masks: int, size: tuple[int, int]) -> Tensor:
+    """Return the mask losses, assuming that queries 0..masks-1 are matched in every layer."""
     layers, batch, num_queries = output.mask_logits.shape[:3]
     masks, device = min(masks, num_queries), output.mask_logits.device
-    queries = torch.zeros(layers, masks, dtype=torch.int64, device=device)
-    # The criterion makes the masks from the index map in this call, so they count towards the peak.
-    return [
-        mask_losses_of_image(
-            output.mask_logits[:, image],
-            queries,
-            torch.empty(layers * masks, *size, dtype=torch.bool, device=device),
-            LossConfig(),
+    matched = torch.zeros(layers, masks, dtype=torch.int64, device=device)
+    target = Targets.unchecked(
+        torch.zeros(masks, dtype=torch.int64, device=device), torch.zeros(size, dtype=torch.int32, device=device), 0
+    )
+    # On a CPU, pieces are far smaller than one map of full resolution. Larger ones make this faster, and the difference
+    # of a few megabytes does not matter.
+    piece = piece_size(device) if device.type == "cuda" else size[0] * size[1]
+    with _one_thread():  # fake tensors belong to this thread
+        return mask_losses(
+            output.mask_logits, [(matched, matched)] * batch, [target] * batch, LossConfig(), piece=piece
         )
-        for image in range(batch)
-    ]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -185,15 +227,15 @@ def _autocast(device: str, bfloat16: bool) -> Iterator[None]:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of all live storages, and of those saved for the backward pass."""
+    """Counts the bytes of all live storages."""
 
     def __init__(self, ignored: Iterable[Tensor]) -> None:
         """Start at zero; `ignored` tensors never count."""
         super().__init__()
-        self.live = self.peak = self.saved = 0
-        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignored}
+        self.live = self.peak = 0
+        # The tensors are kept, so that no other storage gets the address of one of them.
+        self._ignored = {tensor.untyped_storage()._cdata: tensor for tensor in ignored}
         self._alive: dict[int, int] = {}
-        self._saved: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -203,32 +245,12 @@ class _Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         return result
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Count what autograd saves inside the block."""
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            key = self._count(storage)
-            if key in self._alive and key not in self._saved:
-                self._saved.add(key)
-                self.saved += storage.nbytes()
-            return tensor.detach()  # a node that saved its own output itself would never be freed
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-
-    def _count(self, storage: torch.UntypedStorage) -> int:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._alive and key not in self._ignored:
             self._alive[key] = storage.nbytes()
             self.live += storage.nbytes()
             weakref.finalize(storage, self._free, key).atexit = False
-        return key
 
     def _free(self, key: int) -> None:
-        size = self._alive.pop(key)
-        self.live -= size
-        if key in self._saved:
-            self._saved.remove(key)
-            self.saved -= size
+        self.live -= self._alive.pop(key)

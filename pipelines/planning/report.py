@@ -31,7 +31,7 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
     config, hardware, capacity = plan.config, plan.hardware, plan.capacity
     scaling, state = config.scaling, plan.state
     on_gpu = scaling.device == "cuda"
-    precision = config.precision if on_gpu else "float32"
+    precision = config.network_precision(scaling.device)
     largest, typical = (f"{height}x{width}" for height, width in (plan.largest, plan.typical))
     rate = "assumed" if hardware.tflops is None else "given"
     counted: Mark = "given" if config.run.steps else marks.images
@@ -47,7 +47,7 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
         ("state", "measured",
             f"{state.total / GB:.2f} GB per {'GPU' if on_gpu else 'worker'}: parameters "
             f"{state.parameters / GB:.2f}, gradients {state.gradients / GB:.2f}, AdamW moments "
-            f"{state.optimizer / GB:.2f}, DDP buckets {state.buckets / GB:.2f}"
+            f"{state.optimizer / GB:.2f}"
             + (f", averaged weights {state.averaged / GB:.2f}" if state.averaged else "")),
     ]  # fmt: skip
     for label, masks, saved, memory in zip(

@@ -5,6 +5,9 @@
 
 import json
 import logging
+import os
+import platform
+import shutil
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,6 +78,8 @@ def prepare_run(config: TrainConfig, opened: PreparedRun | None = None) -> Prepa
     """
     config = resolve(config)
     _require_device(config)
+    if config.scaling.compile and not _elsewhere():
+        require_compiler()
     data, before = config.data, opened.config.data if opened else None
     if opened and before and (before.train, before.val) == (data.train, data.val):
         packs = opened.packs
@@ -200,9 +205,27 @@ def _check_classes(config: TrainConfig, packs: Packs) -> None:
         )
 
 
+def require_compiler() -> None:
+    """Check that this machine can compile a network.
+
+    Raises:
+        UserError: it has no C++ compiler.
+    """
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise UserError(
+            f"--scaling.compile needs a C++ compiler, and {platform.node()} has no {name}. Install one, name another "
+            f"one by $CXX, or leave --scaling.compile out."
+        )
+
+
+def _elsewhere() -> bool:
+    """Return whether workers may run on other machines than this one: then the cluster itself is asked."""
+    return is_remote() or ray.is_initialized()
+
+
 def _require_device(config: TrainConfig) -> None:
-    elsewhere = is_remote() or ray.is_initialized()  # then the cluster itself is asked
-    if config.scaling.device == "cuda" and not torch.cuda.is_available() and not elsewhere:
+    if config.scaling.device == "cuda" and not torch.cuda.is_available() and not _elsewhere():
         raise UserError(
             f"The recipe {config.recipe} trains on {config.scaling.max_workers} GPUs, and this machine has none. Set "
             f"RAY_ADDRESS to a cluster that has them, or run it here, slowly, with: --scaling.device cpu "

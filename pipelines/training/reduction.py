@@ -31,7 +31,8 @@ class Reduction(Protocol):
 
     For each of `turns`, the step computes that micro-batch's loss with `model` and differentiates `scale` times the
     loss, all within `micro_batch`. After `finish`, `.grad` of `parameters` is the gradient of the mean loss over the
-    M micro-batches of the step, the same bits on all ranks.
+    M micro-batches of the step, the same bits on all ranks. Gradients keep their memory from step to step; the first
+    micro-batch of a step sets them to zero.
     """
 
     model: nn.Module
@@ -128,12 +129,19 @@ class FastReduction:
             network: on `device`, called with images [B, 3, H, W] and padding or None, with weights of rank 0.
         """
         self._ddp = DistributedDataParallel(
-            network, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # what is communicated is the gradients themselves, not copies of them
         )
         self.model: nn.Module = self._ddp
         self.parameters: list[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
         self.turns: list[int] = list(range(split.accumulation))
         self.scale: float = 1 / split.accumulation  # DDP averages over the workers
+        self._first = True
+        # Of the layout of the parameters; DDP makes them views of its buckets.
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         self._settle_buckets(device)
 
     def _settle_buckets(self, device: torch.device) -> None:
@@ -145,11 +153,14 @@ class FastReduction:
         """
         output = self.model(torch.zeros(1, 3, 64, 64, device=device), None)
         (0.0 * (output.class_logits.sum() + output.mask_logits.sum())).backward()
-        self.model.zero_grad(set_to_none=True)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Enclose one micro-batch. The backward pass of the last one includes the all-reduce."""
+        if self._first:
+            # Without gradients (None), each backward pass would allocate some beside the buckets.
+            self.model.zero_grad(set_to_none=False)
+        self._first = last
         with nullcontext() if last else self._ddp.no_sync():
             yield
 

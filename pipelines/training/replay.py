@@ -24,7 +24,7 @@ from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.optim import parameter_groups
 from maskformer.taxonomy import Taxonomy
 from pipelines.checkpoints.state import environment
-from pipelines.config.serialize import from_dict, to_dict
+from pipelines.config.serialize import VERSION, from_dict, to_dict, upgraded
 from pipelines.config.train import TrainConfig
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.order import BatchSplit, dropout_seed
@@ -35,7 +35,7 @@ from pipelines.training.reduction import ExactReduction
 
 Precision = Literal["bfloat16", "float32"]
 
-_VERSION = 1
+_VERSION = 2
 _MODEL = "model.safetensors"
 _SHOWN = 5
 """Names of parameters that a report shows of each kind."""
@@ -142,13 +142,14 @@ def read_bundle(folder: Location) -> Bundle:
     file = folder / "replay.json"
     content = _decoded(file, json.loads, _read(file))
     version = content.get("version") if isinstance(content, dict) else None
-    if version != _VERSION:
+    if version not in (1, _VERSION):
         raise UserError(
             f"{file} has version {version!r}, and this program reads {_VERSION}. Use the version of maskformer-ray "
             f"that wrote it."
         )
     try:
-        config = from_dict(TrainConfig, content["config"])
+        # The first version of bundles was written with version 2 of the settings.
+        config = from_dict(TrainConfig, upgraded(content["config"], 2 if version == 1 else VERSION))
         taxonomy = Taxonomy.from_coco(content["categories"])
         workers = BatchSplit(
             global_batch=config.run.global_batch, micro_batch=config.run.micro_batch, workers=int(content["workers"])
@@ -372,7 +373,7 @@ class ReplayReport:
         lines.append(f"{'all':<20} {sum(part.num_parameters for part in self.parts):>11,} {self.gradient_norm:>13.4g}")
         if self.recent_norms:
             lines.append(f"gradient norms before: {', '.join(f'{norm:.4g}' for norm in self.recent_norms)}")
-        lines.append("learning rates: " + ", ".join(f"{name} {lr:.4g}" for name, lr in self.learning_rates.items()))
+        lines.append("learning rates: " + "; ".join(f"{name} {lr:.4g}" for name, lr in self.learning_rates.items()))
         return "\n".join(lines)
 
 
@@ -393,17 +394,17 @@ def replay(bundle: Bundle, device: torch.device, precision: Precision) -> Replay
     reduction = ExactReduction(network, split, device)
     reports: dict[int, MicroBatchReport] = {}
     for turn, number in enumerate(reduction.turns):
-        batch = bundle.micro_batches[number].to(device)
+        batch = bundle.micro_batches[number]
         torch.manual_seed(dropout_seed(config.run.seed, batch.positions[0], device.type))
         with reduction.micro_batch(last=turn == len(reduction.turns) - 1), _watched(network) as faults:
-            images, padding = batch.inputs(config.model.pixel_mean, config.model.pixel_std)
+            images, padding = batch.inputs(config.model.pixel_mean, config.model.pixel_std, device)
             if not images.isfinite().all():
                 faults.append(Fault("the input", "the normalized images are not finite"))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 output = network(images, padding)
             losses = None
             try:
-                by_kind = compute_losses(output, batch.targets(), config.loss, bundle.num_masks)
+                by_kind = compute_losses(output, batch.targets(device), config.loss, bundle.num_masks)
                 parts = torch.stack([by_kind.classification, by_kind.focal, by_kind.dice, by_kind.total])
                 losses = tuple(parts.detach().double().tolist())
                 if not all(map(math.isfinite, losses)):
@@ -436,7 +437,7 @@ def _report(
         gradients = [p.grad for name, p in weights.items() if name in trained and p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
         parts.append(PartReport(part, sum(p.numel() for p in weights.values()), norm, largest))
-    of_run = config.precision if config.scaling.device == "cuda" else "float32"
+    of_run = config.network_precision(config.scaling.device)
     notes: list[str] = []
     if (device.type, precision) != (config.scaling.device, of_run):
         what = "rounding differs" if device.type == config.scaling.device else "dropout and rounding differ"
@@ -481,14 +482,17 @@ def _watched(network: nn.Module) -> Iterator[list[Fault]]:
             if faults or tensor.isfinite().all():
                 continue
             given = [value for _, value in _tensors(inputs) if value.numel()]
+            within = after["forward"].startswith(f"{name}." if name else "")
             if not all(value.isfinite().all() for value in given):
                 origin = f"its input is already not finite, so it happens between {after['forward']} and this layer"
-            elif next(module.children(), None) is not None:
+            elif within and next(module.children(), None) is not None:
                 origin = f"it happens after {after['forward']}, which is within it and finite"
             else:
                 largest = max((value.abs().max().item() for value in given), default=0.0)
                 origin = f"its input is finite, up to {largest:.4g}"
-            weights = [key for key, value in module.named_parameters(recurse=False) if not value.isfinite().all()]
+            # A ResNet's block computes with the weights of layers that it does not call.
+            parameters = module.named_parameters(recurse=not within)
+            weights = [key for key, value in parameters if not value.isfinite().all()]
             broken = f"; its {', '.join(weights)} is not finite" if weights else ""
             faults.append(
                 Fault(f"forward pass, {place} ({type(module).__name__})", _count(tensor) + "; " + origin + broken)

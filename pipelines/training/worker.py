@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -21,10 +21,12 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
+from torch import nn
 
 from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.matcher import NonFiniteLogitsError
 from maskformer.optim import AveragedWeights, build_optimizer, learning_rate_factor
+from maskformer.targets import to_device
 from pipelines.checkpoints.pretrained import load_initial_weights
 from pipelines.checkpoints.state import TrainingState, environment, load, newest, read_manifest, step_folder
 from pipelines.config.train import TrainConfig
@@ -39,7 +41,7 @@ from pipelines.tracking.runs import TrackedRun
 from pipelines.training import replay
 from pipelines.training.coordinator import DRAIN, RESIZE, STOP, Heartbeat, WarningForwarder
 from pipelines.training.meter import Meter
-from pipelines.training.preflight import PreparedRun
+from pipelines.training.preflight import PreparedRun, require_compiler
 from pipelines.training.reduction import (
     ExactReduction,
     FastReduction,
@@ -219,8 +221,14 @@ class _Worker:
             network.load_state_dict(state.model)
         else:
             broadcast_module(network)
+        trained: nn.Module = network
+        if config.scaling.compile:
+            require_compiler()
+            # Not in place: the quick PQ has images of many sizes, and each would be compiled. For each size anew, since
+            # PyTorch 2.14 fails to compile this network for sizes that it does not know.
+            trained = cast("nn.Module", torch.compile(network, dynamic=False))
         reduction = ExactReduction if config.scaling.exact else FastReduction
-        self._reduction: Reduction = reduction(network, config.batch_split, self._device)
+        self._reduction: Reduction = reduction(trained, config.batch_split, self._device)
         self._network: MaskFormer = network
         self._optimizer = build_optimizer(network, config.optimizer)
         decay = config.optimizer.ema_decay
@@ -345,12 +353,17 @@ class _Worker:
             losses, norm = train_step(
                 self._reduction, self._optimizer, micro_batches, num_masks, factor, self._config, self._device
             )
-        except NonFiniteError as error:
+        except NonFiniteError as raised:
+            error = raised
+            if "norm" in self._figures:  # the same on all ranks
+                error = NonFiniteError(
+                    f"{raised} The gradient's norm was {self._figures['norm']:.3g} in the last finite step."
+                )
             if step not in self._job.non_finite_steps:
-                raise  # repeated once from the checkpoint: a faulty device may have caused it
+                raise error from None  # repeated once from the checkpoint: a faulty device may have caused it
             if self._config.run.non_finite == "stop" or self._progress.skipped >= _MOST_SKIPPED:
                 self._write_replay(micro_batches, num_masks, factor)
-                raise
+                raise error from None
             self._progress.skipped += 1
             if self._rank == 0:
                 logger.warning("Step %d is skipped, %d so far. %s", step, self._progress.skipped, error)
@@ -474,21 +487,20 @@ def train_step(
         NonFiniteError: logits or gradients of any rank are not finite; names the images and the learning rate. The
             weights are as before. All ranks raise it, with the same message.
     """
-    network = config.model
+    network, bfloat16 = config.model, config.network_precision(device.type) == "bfloat16"
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    optimizer.zero_grad(set_to_none=True)
     rows = torch.zeros(len(micro_batches), 4, dtype=torch.float64, device=device)
     problems: list[str] = []
     for turn, index in enumerate(reduction.turns):
         # Dropout is seeded by the position of the micro-batch's first sample, whatever came before.
         torch.manual_seed(dropout_seed(config.run.seed, micro_batches[index].positions[0], device.type))
-        batch = micro_batches[index].to(device)
+        batch = micro_batches[index]
         with reduction.micro_batch(last=turn == len(micro_batches) - 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=_autocast(config, device)):
-                output = reduction.model(*batch.inputs(network.pixel_mean, network.pixel_std))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                output = reduction.model(*batch.inputs(network.pixel_mean, network.pixel_std, device))
             try:
-                losses = compute_losses(output, batch.targets(), config.loss, num_masks)
+                losses = compute_losses(output, batch.targets(device), config.loss, num_masks)
                 total = losses.total
                 rows[index] = torch.stack([losses.classification, losses.focal, losses.dice, total]).detach()
             except NonFiniteLogitsError as error:
@@ -500,7 +512,6 @@ def train_step(
     clip = config.optimizer.clip_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(reduction.parameters, clip).item()
     if not math.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
         lr = max(group["lr"] for group in optimizer.param_groups)
         raise NonFiniteError(f"{_first_problem(problems, micro_batches, norm)}, learning rate {lr:g}.")
     optimizer.step()
@@ -520,10 +531,6 @@ def _first_problem(problems: list[str], micro_batches: list[PanopticBatch], norm
     return f"all workers: The gradient's norm is {norm}. Images {', '.join(map(str, every))}"
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" and config.precision == "bfloat16"
-
-
 def _agree(
     micro_batches: list[PanopticBatch], config: TrainConfig, request: int, rank: int, device: torch.device
 ) -> tuple[float, int, int]:
@@ -535,7 +542,8 @@ def _agree(
     """
     masks = sum(batch.num_masks(config.model.num_queries) for batch in micro_batches)
     damaged = sum(len(batch.skipped) for batch in micro_batches)
-    shared = torch.tensor([masks, request if rank == 0 else 0, damaged], dtype=torch.float64, device=device)
+    numbers = [masks, request if rank == 0 else 0, damaged]
+    shared = to_device(torch.tensor(numbers, dtype=torch.float64), device)
     dist.all_reduce(shared)
     total, agreed, replaced = shared.tolist()
     return max(1.0, total / (config.run.global_batch // config.run.micro_batch)), int(agreed), int(replaced)

@@ -95,6 +95,17 @@ def test_the_record_of_a_run_is_all_of_it_but_its_name(train: Train, write: Writ
     assert train("--config", write(to_dict(ran))) == ran
 
 
+@pytest.mark.parametrize(
+    ("version", "saved", "precision"),
+    [(2, "bfloat16", "auto"), (2, "float32", "float32"), (VERSION, "bfloat16", "bfloat16")],
+)
+def test_bfloat16_of_an_older_record_stays_for_gpus_only(
+    train: Train, write: Write, version: int, saved: str, precision: str
+) -> None:
+    record = {"version": version, "config": {"recipe": "r50_original", "precision": saved}, "data_hash": "0"}
+    assert train("--config", write(record)).precision == precision
+
+
 def test_a_file_in_a_bucket(train: Train, bucket: str) -> None:
     (locate(bucket) / "settings.json").write_text('{"optimizer.lr": 0.5}')
     assert train("--config", f"{bucket}/settings.json").optimizer.lr == 0.5

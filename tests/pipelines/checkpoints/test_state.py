@@ -182,7 +182,17 @@ def test_files_are_checked_without_reading_them(run: Location, state: Callable[[
     for name, package in versions.items():
         assert found[name] == package.__version__
     assert sys.version.startswith(found["python"])
-    assert found.keys() == {"workers", "reduction", "threads", "device", *versions, "python", "cpu"}
+    assert found.keys() == {
+        "workers",
+        "reduction",
+        "threads",
+        "device",
+        "precision",
+        "compile",
+        *versions,
+        "python",
+        "cpu",
+    }
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: model\.safetensors, state\.pt"):
         load(folder)
 

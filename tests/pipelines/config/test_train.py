@@ -1,6 +1,8 @@
 """Every setting is a flag of its own, and impossible settings are refused."""
 
 import sys
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -37,3 +39,14 @@ def test_a_recipe_without_flags_is_itself(name: str, monkeypatch: pytest.MonkeyP
 def test_a_run_name_is_one_folder(name: str) -> None:
     with pytest.raises(ValueError, match=r"--run\.storage"):
         with_setting(DEMO, "run.name", name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_gpus", "on_cpus"),
+    [("auto", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float32", "float32", "float32")],
+)
+def test_the_precision_of_the_network(
+    precision: Literal["auto", "bfloat16", "float32"], on_gpus: str, on_cpus: str
+) -> None:
+    config = replace(DEMO, precision=precision)
+    assert (config.network_precision("cuda"), config.network_precision("cpu")) == (on_gpus, on_cpus)

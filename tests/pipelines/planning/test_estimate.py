@@ -12,6 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from maskformer import Targets, build_model, compute_losses
 from maskformer.config import DEMO as DEMO_MODEL
 from maskformer.config import R50, SWIN_L, SWIN_T, LossConfig, ModelConfig, OptimizerConfig
+from maskformer.mask_losses import mask_losses
+from maskformer.matcher import match_layers
 from maskformer.optim import AveragedWeights, build_optimizer
 from maskformer.taxonomy import COCO
 from pipelines.checkpoints import state as checkpoint
@@ -29,12 +31,15 @@ SMALL = replace(DEMO_MODEL, hidden_dim=32, feedforward_dim=64, encoder_layers=0,
 COUNTED = lru_cache(activations)
 
 
-def run_for_real(config: ModelConfig, size: tuple[int, int], masks: int) -> torch.Tensor:
-    """Do a forward pass with losses on the CPU."""
+def run_for_real(config: ModelConfig, size: tuple[int, int], masks: int) -> None:
+    """Do a forward and a backward pass on the CPU, with gradients that are there before."""
     torch.manual_seed(0)
     model = build_model(config).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     targets = Targets(torch.arange(masks), torch.randint(0, masks + 1, size))
-    return compute_losses(model(torch.randn(1, 3, *size)), [targets], LossConfig()).total
+    output = model(torch.randn(1, 3, *size))
+    compute_losses(output, [targets], LossConfig()).total.backward()
 
 
 @pytest.mark.parametrize("config", [R50, SWIN_T], ids=["R50", "Swin-T"])
@@ -55,13 +60,24 @@ def test_saved_bytes_are_those_that_a_cpu_saves(config: ModelConfig) -> None:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(torch.randn(1, 3, *size))
             network = sum(storage.nbytes() for storage in kept.values())
-            compute_losses(output, [targets], LossConfig())
+            pairs = match_layers(output.class_logits, output.mask_logits, [targets], LossConfig())
+            mask_losses(output.mask_logits, pairs, [targets], LossConfig())
         measured = sum(storage.nbytes() for storage in kept.values())
 
         modeled = activations(config, 1, size, (3, 11), "cpu")
         assert modeled.network == pytest.approx(network, rel=0.01)
         assert modeled.saved[1] == pytest.approx(measured, rel=0.01)
         assert modeled.network < modeled.saved[0] < modeled.saved[1] < modeled.peak[1]
+
+
+@pytest.mark.parametrize("config", [R50, SWIN_T], ids=["R50", "Swin-T"])
+def test_recomputed_activations_are_not_counted_as_saved(config: ModelConfig) -> None:
+    """What is left of the blocks of a backbone are their inputs: one map of four or more."""
+    whole = activations(config, 1, (256, 320), (3,), "cuda")
+    less = activations(replace(config, checkpoint_activations=True), 1, (256, 320), (3,), "cuda")
+    assert less.network < 0.6 * whole.network
+    assert less.peak[0] < whole.peak[0]
+    assert less.saved[0] - less.network == whole.saved[0] - whole.network  # the losses are not recomputed
 
 
 def test_the_peak_is_that_of_a_profiler_on_a_cpu() -> None:
@@ -75,7 +91,8 @@ def test_the_peak_is_that_of_a_profiler_on_a_cpu() -> None:
             live += event.nbytes()
             peak = max(peak, live)
     config = replace(SMALL, num_queries=40)
-    modeled = activations(config, 1, size, (30,), "cpu").peak[0] + state_memory(config).parameters
+    state = state_memory(config)
+    modeled = activations(config, 1, size, (30,), "cpu").peak[0] + state.parameters + state.gradients
     assert modeled == pytest.approx(peak, rel=0.1)
 
 
@@ -93,7 +110,7 @@ def test_bfloat16_halves_the_network_and_not_the_losses() -> None:
 @pytest.mark.parametrize(("config", "published"), [(R50, 16.2e9), (SWIN_L, 27.2e9)], ids=["R50", "Swin-L"])
 def test_the_published_layout_needs_the_published_memory(config: ModelConfig, published: float) -> None:
     """Training memory of mmdetection's model zoo, at images of 800x1333 and the most segments of COCO."""
-    assert published_layout(config, (800, 1333), 67) == pytest.approx(published, rel=0.25)
+    assert published_layout(config, (800, 1333), 67) == pytest.approx(published, rel=0.2)
 
 
 def test_multiply_adds_are_the_known_ones() -> None:
@@ -103,7 +120,7 @@ def test_multiply_adds_are_the_known_ones() -> None:
 def test_state_of_r50() -> None:
     state = state_memory(R50)
     assert (state.parameters, state.gradients) == (4 * 45_065_158, 4 * 45_012_038)
-    assert state.total == 4 * (45_065_158 + 4 * 45_012_038)
+    assert state.total == 4 * (45_065_158 + 3 * 45_012_038)
 
 
 @pytest.mark.parametrize("averaged", [False, True])

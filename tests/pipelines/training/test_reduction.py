@@ -88,7 +88,6 @@ def train(
     losses = [*state["losses"]]
     for step in range(state["step"], last_step):
         positions = split.positions(rank, step, step + 1).reshape(-1, 2).tolist()
-        optimizer.zero_grad(set_to_none=True)
         rows = torch.zeros(len(positions), 2, dtype=torch.float64)
         for turn, index in enumerate(reduction.turns):
             images = torch.stack([image(position) for position in positions[index]])

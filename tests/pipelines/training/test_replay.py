@@ -166,6 +166,22 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert f"Reproduced: the step is not finite.\n  {first}" in str(found)
 
 
+def test_a_weight_of_a_resnet_is_named_with_its_block(tmp_path: Path) -> None:
+    """A block computes its convolutions and norms itself, so they are not layers that were watched."""
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone="resnet50"))
+    torch.manual_seed(0)
+    network = build_model(config.model).train()
+    with torch.no_grad():
+        network.get_parameter("backbone.layer2.0.conv2.weight")[0, 0] = float("nan")
+    found = replayed(write(tmp_path, network, config))
+    assert found.bad_weights == ["backbone.layer2.0.conv2.weight"]
+    for report in found.micro_batches:
+        assert report.fault is not None
+        assert report.fault.place == "forward pass, backbone.layer2.0 (Bottleneck)"
+        assert "its input is finite" in report.fault.detail
+        assert "its conv2.weight is not finite" in report.fault.detail
+
+
 def test_an_image_that_overflows_is_named(tmp_path: Path) -> None:
     """All images are gray, 0 after normalization, but for a white one, which overflows in the first layer."""
     batches = [replace(batch, images=torch.full_like(batch.images, 127)) for batch in BATCHES]
@@ -287,7 +303,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("replay.json", lambda f: (f / "replay.json").write_text("{"), "JSONDecodeError"),
     ("replay.json", lambda f: (f / "replay.json").write_bytes(b'{"\xff": 1}'), "UnicodeDecodeError"),
     ("replay.json", lambda f: (f / "replay.json").write_text("[1]"), "version None"),
-    ("replay.json", lambda f: edit(f, version=2), "version 2"),
+    ("replay.json", lambda f: edit(f, version=3), "version 3"),
     ("replay.json", lambda f: edit(f, workers=3), "3 workers"),
     ("replay.json", lambda f: edit(f, workers=0), "ZeroDivisionError"),
     ("replay.json", lambda f: edit(f, workers=float("inf")), "OverflowError"),
@@ -359,6 +375,14 @@ def test_job(healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["jobs/replay.py", "--bundle", str(healthy / "nothing")])
     with pytest.raises(UserError, match="There is no "):  # exit status 2
         jobs.replay.main()
+
+
+def test_bfloat16_of_an_older_bundle_stays_for_gpus_only(tmp_path: Path) -> None:
+    folder = write(tmp_path, new_network(), replace(CONFIG, precision="bfloat16"))
+    assert read_bundle(locate(folder)).config.network_precision("cpu") == "bfloat16"
+    edit(folder, version=1)
+    config = read_bundle(locate(folder)).config
+    assert (config.network_precision("cpu"), config.network_precision("cuda")) == ("float32", "bfloat16")
 
 
 def test_bundle_in_an_object_store(bucket: str, healthy: Path) -> None:

@@ -3,9 +3,11 @@
 import os
 import re
 import socket
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from pipelines.config.train import TrainConfig
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.order import BatchSplit, dropout_seed
 from pipelines.training.reduction import ExactReduction, FastReduction, Reduction, gather_losses
-from pipelines.training.worker import NonFiniteError, train_step
+from pipelines.training.worker import NonFiniteError, _agree, train_step
 
 CPU = torch.device("cpu")
 TINY = replace(
@@ -241,6 +243,24 @@ def test_more_segments_than_queries_and_images_of_one_pixel() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_step_in_bfloat16_is_close_to_one_in_float32() -> None:
+    """The bound is some roundings of 2^-9 per layer; losses and weights themselves are not rounded."""
+    config = replace(TINY, model=replace(TINY.model, dropout=0.0))
+    batches, found = global_batch(0), {}
+    for precision in ("float32", "bfloat16", "auto"):
+        model = new_network(config)
+        optimizer = build_optimizer(model, config.optimizer)
+        given = replace(config, precision=precision)
+        rows, norm = train_step(reduced(model), optimizer, batches, mean_masks(batches), 1.0, given, CPU)
+        found[precision] = torch.cat([rows.flatten(), torch.tensor([norm], dtype=rows.dtype)])
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert torch.equal(found["auto"], found["float32"])
+    assert not torch.equal(found["bfloat16"], found["float32"])
+    torch.testing.assert_close(found["bfloat16"], found["float32"], rtol=0.05, atol=0)
+    losses = found["bfloat16"][:-1]
+    assert not torch.equal(losses.bfloat16().double(), losses), "the losses were rounded to bfloat16"
+
+
 def gradients(batches: list[PanopticBatch], config: TrainConfig = TINY) -> list[torch.Tensor]:
     model = new_network(config)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # the history of the process
@@ -275,3 +295,82 @@ def test_infinite_gradient_names_images_and_changes_nothing() -> None:
     with pytest.raises(NonFiniteError, match=r"norm is nan.* Images 100, 101, 102, 103"):
         train_step(reduced(model, 2), optimizer, [micro_batch(0), micro_batch(2)], 2.0, 1.0, TINY, CPU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_ddp_keeps_no_gradients_beside_its_buckets() -> None:
+    network = new_network()
+    reduction = reduced(network, exact=False)
+    optimizer = build_optimizer(network, TINY.optimizer)
+
+    def storages() -> set[int]:
+        return {p.grad.untyped_storage().data_ptr() for p in reduction.parameters if p.grad is not None}
+
+    train_step(reduction, optimizer, global_batch(0), 2.0, 1.0, TINY, CPU)  # DDP groups its buckets anew at its start
+    buckets = storages()
+    assert len(buckets) < 5 < len(reduction.parameters)
+    for step in (1, 2):
+        train_step(reduction, optimizer, global_batch(step), 2.0, 1.0, TINY, CPU)
+        assert storages() == buckets
+    with reduction.micro_batch(last=False):  # which DDP does not communicate
+        output = reduction.model(*micro_batch(0).inputs(TINY.model.pixel_mean, TINY.model.pixel_std))
+        output.mask_logits.sum().backward()
+    assert storages() == buckets
+
+
+def prepared_step(device: torch.device, accumulation: int, exact: bool = True) -> Callable[[], None]:
+    """Return what the trainer does for a step: agree with the other ranks, and compute."""
+    batches = [micro_batch(2 * place) for place in range(accumulation)]
+    config = replace(TINY, run=replace(TINY.run, global_batch=2 * accumulation, micro_batch=2))
+    network = new_network().to(device)
+    split = BatchSplit(global_batch=2 * accumulation, micro_batch=2, workers=1)
+    reduction = (ExactReduction if exact else FastReduction)(network, split, device)
+    optimizer = build_optimizer(network, config.optimizer)
+
+    def step() -> None:
+        masks, _, _ = _agree(batches, config, 0, 0, device)
+        train_step(reduction, optimizer, batches, masks, 1.0, config, device)
+
+    return step
+
+
+def most_waits(accumulation: int) -> int:
+    """Once for the number of masks and once for the norm of the gradient, and for the costs of each micro-batch."""
+    return 2 + accumulation
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_reads_values_of_the_device_three_times(accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def counted(name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            reads.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    step = prepared_step(CPU, accumulation)
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    step()
+    assert 1 <= len(reads) <= most_waits(accumulation), reads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_waits_for_the_gpu_three_times(accumulation: int, tmp_path: Path) -> None:
+    dist.destroy_process_group()
+    dist.init_process_group("cuda:nccl,cpu:gloo", init_method=f"file://{tmp_path}/nccl", rank=0, world_size=1)
+    step = prepared_step(torch.device("cuda", 0), accumulation, exact=False)
+    step()  # allocates and chooses kernels
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    assert 1 <= len(waits) <= most_waits(accumulation), waits
