@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-slow check format numerics clean
+.PHONY: help demo test test-slow check format numerics bench clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ format: .venv/installed  ## format the code and fix what ruff can fix
 
 numerics: .venv/installed  ## print hashes of losses and weights, which a refactoring must not change
 	@$(BIN)/python jobs/bench/numerics.py
+
+bench: .venv/installed  ## measure the training step against its peers
+	@$(BIN)/python jobs/bench/peers.py --output docs/bench/$$(date +%F).md
 
 .venv/installed: pyproject.toml constraints.txt Makefile
 	@if test -x $(BIN)/python; then echo "Updating .venv."; else \

@@ -133,7 +133,6 @@ def _member(rank: int, flags: Reduction, name: str, store: str, answer: Any) -> 
         dist.barrier()
         start = clocks()
         reduction, optimizer = kinds[kind]
-        optimizer.zero_grad(set_to_none=True)
         for turn in range(flags.accumulation):
             with reduction.micro_batch(last=turn == flags.accumulation - 1):
                 output = reduction.model(*samples.inputs(config.model.pixel_mean, config.model.pixel_std))
