@@ -32,7 +32,7 @@ numerics: .venv/installed  ## print hashes of losses and weights, which a refact
 	@$(BIN)/python jobs/bench/numerics.py
 
 bench: .venv/installed  ## measure the training step against its peers
-	@$(BIN)/python jobs/bench/peers.py --output docs/bench/$$(date +%F).md
+	@$(BIN)/python jobs/bench/peers.py --repeats 3 --bfloat16 --output docs/bench/$$(date +%F).md
 
 .venv/installed: pyproject.toml constraints.txt Makefile
 	@if test -x $(BIN)/python; then echo "Updating .venv."; else \
