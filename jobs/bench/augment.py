@@ -1,4 +1,4 @@
-"""Measure how many training images one CPU decodes and augments per second, like a data task but without Ray.
+"""Measure how many training images one CPU turns from packed rows into Arrow per second, without Ray.
 
 python jobs/bench/augment.py --input coco --split val2017
 
@@ -26,30 +26,31 @@ class Augment:
 def main() -> None:
     flags = parse(Augment, description=__doc__)
 
-    import torch  # --help should not import it
+    import pyarrow as pa  # --help should not import them
+    import torch
 
     from pipelines.config.recipes import R50_MMDET, SWIN_L_ORIGINAL
-    from pipelines.data.augment import Sample, augment, sample_rng
+    from pipelines.data.augment import augment, sample_rng
     from pipelines.data.coco import CocoLayout, read_coco
-    from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+    from pipelines.data.pack import packed_row
+    from pipelines.data.schema import AUGMENTED
+    from pipelines.data.stream import augmented_row, packed_sample
 
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
     dataset = read_coco(layout)
-    records = dataset.records[: flags.images]
-    files = [
-        ((layout.images / r.image_file).read_bytes(), (layout.panoptic / r.panoptic_file).read_bytes()) for r in records
-    ]
+    rows = [packed_row(layout, dataset.taxonomy, record) for record in dataset.records[: flags.images]]
     print(f"{'':<18}{'images/s per CPU':>20}{'decoding':>16}")
     for recipe in (R50_MMDET, SWIN_L_ORIGINAL):
         decoding, start = 0.0, time.process_time()
         for turn in range(flags.images):
-            record, (image, panoptic) = records[turn % len(records)], files[turn % len(records)]
+            row = rows[turn % len(rows)]
             since = time.process_time()
-            plane, classes = index_map(decode_panoptic(panoptic), record.segments, dataset.taxonomy)
-            sample = Sample(decode_image(image), plane, classes)
+            sample = packed_sample(row)
             decoding += time.process_time() - since
-            augment(sample, sample_rng(0, turn // len(records), record.image_id), recipe.data.augment)
+            epoch = turn // len(rows)
+            sample = augment(sample, sample_rng(0, epoch, row["image_id"]), recipe.data.augment)
+            pa.Table.from_pylist([augmented_row(sample, turn, epoch, row["image_id"])], schema=AUGMENTED)
         seconds = time.process_time() - start
         print(f"{recipe.recipe:<18}{flags.images / seconds:>20.1f}{decoding / seconds:>16.0%}")
 

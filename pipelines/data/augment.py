@@ -9,8 +9,6 @@ depends only on (seed, epoch, image id), so any sample of any run can be reprodu
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from maskformer.preprocess import resize_image, resized_shape
 from pipelines.data.augment_config import AugmentConfig
@@ -22,7 +20,7 @@ class Sample(NamedTuple):
     image: np.ndarray
     """[H, W, 3] uint8, RGB."""
     index_map: np.ndarray
-    """[H, W] uint16: 0 is void or crowd, k is the k-th segment."""
+    """[H, W] uint8 or uint16: 0 is void or crowd, k is the k-th segment."""
     classes: np.ndarray
     """[N] int16: class index of each segment."""
 
@@ -68,17 +66,36 @@ def resize(sample: Sample, short_side: int, long_side: int | None, interpolation
     """Resize the image with bilinear and the index map with nearest-neighbor interpolation."""
     height, width = sample.index_map.shape
     shape = resized_shape(height, width, short_side, long_side)
-    # torch has no uint16 kernel; float32 represents every value exactly.
-    index_map = torch.from_numpy(sample.index_map.astype(np.float32))[None, None]
-    index_map = F.interpolate(index_map, shape, mode="nearest")
     image = resize_image(sample.image, shape, antialias=interpolation == "bilinear-antialias")
-    return sample._replace(image=image, index_map=index_map[0, 0].numpy().astype(np.uint16))
+    return sample._replace(image=image, index_map=resize_nearest(sample.index_map, shape))
+
+
+def resize_nearest(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resize a map [H, W] by nearest neighbor, like torch, which has no kernel for uint16 and is slower."""
+    rows, columns = (
+        np.minimum((np.arange(to, dtype=np.float32) * (np.float32(size) / np.float32(to))).astype(np.intp), size - 1)
+        for size, to in zip(plane.shape, shape, strict=True)
+    )
+    # Columns first, of as few rows as there are: copying whole rows is much faster.
+    return plane.take(columns, axis=1).take(rows, axis=0)
 
 
 def drop_empty(sample: Sample) -> Sample:
     """Drop segments without pixels and renumber the others in the same order."""
-    counts = np.bincount(sample.index_map.ravel(), minlength=len(sample.classes) + 1)
-    kept = counts > 0
-    kept[0] = False
-    renumber = np.where(kept, np.cumsum(kept), 0).astype(np.uint16)
-    return sample._replace(index_map=renumber[sample.index_map], classes=sample.classes[kept[1:]])
+    index_map, count = sample.index_map, len(sample.classes)
+    if index_map.dtype == np.uint8:
+        # Searching and translating bytes is ten times as fast as counting and indexing.
+        content = index_map.tobytes()
+        kept = np.array([content.find(number) >= 0 for number in range(1, count + 1)], bool)
+    else:
+        content = None
+        kept = np.bincount(index_map.ravel(), minlength=count + 1)[1:] > 0
+    if kept.all():
+        return sample
+    renumber = np.zeros(256 if content is not None else count + 1, index_map.dtype)
+    renumber[1 : count + 1] = np.where(kept, np.cumsum(kept), 0)
+    if content is not None:
+        index_map = np.frombuffer(content.translate(renumber.tobytes()), np.uint8).reshape(index_map.shape)
+    else:
+        index_map = renumber[index_map]
+    return sample._replace(index_map=index_map, classes=sample.classes[kept])

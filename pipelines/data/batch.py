@@ -14,6 +14,7 @@ from torch import Tensor
 from maskformer import Targets
 from maskformer.preprocess import normalize
 from maskformer.targets import to_device
+from pipelines.data.pixels import index_map_type
 from pipelines.data.schema import AUGMENTED, require
 
 _CPU = torch.device("cpu")
@@ -52,7 +53,9 @@ class PanopticBatch:
         for index, row in enumerate(rows):
             h, w = row["height"], row["width"]
             images[index, :h, :w] = np.frombuffer(row["image"], np.uint8).reshape(h, w, 3)
-            index_maps[index, :h, :w] = np.frombuffer(row["index_map"], "<u2").reshape(h, w)
+            index_maps[index, :h, :w] = np.frombuffer(row["index_map"], index_map_type(len(row["classes"]))).reshape(
+                h, w
+            )
         batch = cls(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             index_maps=torch.from_numpy(index_maps),

@@ -18,7 +18,7 @@ from pipelines.data.schema import INDEX, require
 from pipelines.errors import UserError
 from pipelines.storage import Location, absolute, locate, sha256
 
-VERSION = 1
+VERSION = 2
 STATE_FILE, INDEX_FILE, MANIFEST_FILE = "pack.json", "index.parquet", "manifest.json"
 
 

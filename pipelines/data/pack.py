@@ -18,9 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import CocoDataset, CocoLayout, Record, read_coco
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
-from pipelines.data.schema import INDEX, PACKED
+from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
+from pipelines.data.schema import INDEX, PACKED, row_hash
 from pipelines.data.validate import Fault, validate
 from pipelines.errors import UserError
 from pipelines.progress import progress
@@ -90,7 +92,7 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
             if name in shards and _is_intact(folder, shards[name]):
                 logger.info("%s is already packed", name)
                 continue
-            rows = list(pool.map(partial(_row, layout), records))
+            rows = list(pool.map(partial(packed_row, layout, dataset.taxonomy), records))
             shards[name] = _write(folder / name, _shard(rows), len(rows))
             _write_state(folder, source, shards)
 
@@ -179,19 +181,22 @@ def _refuse_errors(faults: Sequence[Fault], num_records: int) -> None:
     )
 
 
-def _row(layout: CocoLayout, record: Record) -> dict[str, Any]:
-    image = (layout.images / record.image_file).read_bytes()
+def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> dict[str, Any]:
+    """Read the files of an image that was checked; return its PACKED row."""
     panoptic = (layout.panoptic / record.panoptic_file).read_bytes()
-    return {
+    plane, classes = index_map(decode_panoptic(panoptic), record.segments, taxonomy)
+    row = {
         "image_id": record.image_id,
         "file_name": record.image_file,
         "height": record.height,
         "width": record.width,
-        "image": image,
+        "image": (layout.images / record.image_file).read_bytes(),
         "panoptic": panoptic,
         "segments": [{key: segment[key] for key in ("id", "category_id", "iscrowd")} for segment in record.segments],
-        "sha256": sha256(image + panoptic),
+        "index_map": compress_index_map(plane, len(classes)),
+        "classes": classes.tolist(),
     }
+    return {**row, "sha256": row_hash(row)}
 
 
 def _shard(rows: list[dict[str, Any]]) -> bytes:

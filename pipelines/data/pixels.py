@@ -1,4 +1,4 @@
-"""The pixels of one annotated image: decode its two files and number the segments that are targets.
+"""The pixels of one annotated image: decode its two files, number the segments that are targets, store the numbers.
 
 A panoptic PNG holds segment ids, R + 256 G + 65536 B, where 0 is void (cocodataset.org/#format-data, 4).
 H W image, N numbered segments, R runs of equal ids.
@@ -7,15 +7,18 @@ H W image, N numbered segments, R runs of equal ids.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from maskformer.coco_format import decode_ids
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
+_ZSTD = pa.Codec("zstd")
 MAX_SEGMENTS = 2**16 - 1
 """Segments that an index map can number."""
 
@@ -80,6 +83,32 @@ def index_map(
     numbers = np.array([number_of.get(value, 0) for value in values.tolist()], np.uint16)
     classes = np.array([class_index for class_index, _ in targets], np.int16)
     return np.repeat(numbers[run_of_value], runs.length).reshape(ids.shape), classes
+
+
+def compress_index_map(plane: npt.NDArray[np.uint16], num_segments: int) -> bytes:
+    """Return the bytes of an index map in a pack: in the smallest type, compressed."""
+    return _ZSTD.compress(plane.astype(index_map_type(num_segments)).tobytes(), asbytes=True)
+
+
+def decompress_index_map(
+    content: bytes, size: tuple[int, int], num_segments: int
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+    """Return the index map [H, W] that `compress_index_map` compressed, read-only.
+
+    Raises:
+        ValueError: the bytes are not an index map of this height and width.
+    """
+    dtype = index_map_type(num_segments)
+    try:
+        plain = _ZSTD.decompress(content, decompressed_size=size[0] * size[1] * dtype.itemsize)
+        return np.frombuffer(plain, dtype).reshape(size)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its index map is not one of {size[1]} x {size[0]} pixels ({error})") from error
+
+
+def index_map_type(num_segments: int) -> np.dtype[Any]:
+    """Return the smallest type of an index map's numbers that a pack and a batch use."""
+    return np.dtype(np.uint8 if num_segments <= 255 else "<u2")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ inference, and the receiver of a batch checks its schema. Name and version are i
 meaning needs a new version even if no type changes.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 
 _NAME, _VERSION = b"maskformer.schema", b"maskformer.version"
@@ -16,7 +21,7 @@ def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
 
 PACKED = _schema(
     "packed",
-    1,
+    2,
     [
         pa.field("image_id", pa.int64()),
         pa.field("file_name", pa.string()),  # of the image, as the annotation JSON has it
@@ -28,7 +33,11 @@ PACKED = _schema(
             "segments",  # in the annotation's order; ids are those of the PNG, R + 256 G + 65536 B
             pa.list_(pa.struct([("id", pa.int32()), ("category_id", pa.int32()), ("iscrowd", pa.bool_())])),
         ),
-        pa.field("sha256", pa.string()),  # of the image bytes followed by the panoptic bytes
+        # What training reads in place of the PNG, see `pixels.index_map`: zstd of height * width numbers, row-major.
+        # uint8, or little-endian uint16 for more than 255 classes below.
+        pa.field("index_map", pa.large_binary()),
+        pa.field("classes", pa.list_(pa.int16())),  # class index of each number of the index map, from 1 on
+        pa.field("sha256", pa.string()),  # of all other columns, see `row_hash`
     ],
 )
 """One row is one image with its annotation."""
@@ -51,7 +60,7 @@ INDEX = _schema(
 
 AUGMENTED = _schema(
     "augmented",
-    2,
+    3,
     [
         pa.field("position", pa.int64()),  # in the infinite order of samples
         pa.field("epoch", pa.int32()),
@@ -59,7 +68,8 @@ AUGMENTED = _schema(
         pa.field("height", pa.int32()),  # of the augmented image
         pa.field("width", pa.int32()),
         pa.field("image", pa.large_binary()),  # height * width * 3 uint8, RGB, row-major
-        # height * width uint16, little-endian, row-major: 0 is void or crowd, k is the k-th segment
+        # height * width numbers, row-major: 0 is void or crowd, k is the k-th segment. uint8, or little-endian uint16
+        # for more than 255 segments.
         pa.field("index_map", pa.large_binary()),
         pa.field("classes", pa.list_(pa.int16())),  # class index of each segment
         pa.field("skipped", pa.string()),  # why another image than the order's is at this position; usually null
@@ -113,6 +123,19 @@ def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, wh
             f"{what} does not have the schema {wanted}: {'; '.join(differences)}. "
             f"Write it again with this version of the program."
         )
+
+
+_FILES = ("image", "panoptic", "index_map")
+
+
+def row_hash(row: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a PACKED row: of the bytes of its files, then of their lengths and all else as JSON."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        digest.update(row[name])
+    rest = [row[name] for name in PACKED.names if name not in (*_FILES, "sha256")]
+    digest.update(json.dumps([len(row[name]) for name in _FILES] + rest, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _label(schema: pa.Schema) -> str:

@@ -12,7 +12,7 @@ import queue
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,16 +27,15 @@ import ray.data
 from ray.exceptions import UserCodeException
 
 from maskformer.preprocess import resize_image, resized_shape
-from maskformer.taxonomy import Taxonomy
 from pipelines.data import order
 from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.augment_config import AugmentConfig
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.manifest import PackedSet
-from pipelines.data.pixels import decode_image, decode_panoptic, index_map
-from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require
+from pipelines.data.pixels import decode_image, decompress_index_map, index_map_type
+from pipelines.data.schema import AUGMENTED, PACKED, RESIZED, require, row_hash
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
-from pipelines.storage import locate, patience, retried, sha256
+from pipelines.storage import locate, patience, retried
 
 _PATIENCE = 900.0
 """Seconds that tasks wait for a storage that does not answer, unless told otherwise."""
@@ -84,7 +83,7 @@ def training_batches(
     """
     samples_per_task = micro_batch * -(-samples_per_task // micro_batch)
     replacements = samples if damaged == "skip" else None
-    operator = _LoadAndAugment(samples.shards, samples.taxonomy, seed, augmentation, patience, replacements)
+    operator = _LoadAndAugment(samples.shards, seed, augmentation, patience, replacements)
     name = uuid.uuid4().hex
     # The first execution is a single task, so that training starts soon.
     starts = range(samples_per_task, len(positions), samples_per_task * _TASKS_PER_EXECUTION)
@@ -206,7 +205,6 @@ class _LoadAndAugment:
     """Operator of a training task: maps a table of `_sample_tables` to AUGMENTED rows in the same order."""
 
     shards: tuple[str, ...]
-    taxonomy: Taxonomy
     seed: int
     config: AugmentConfig
     patience: float
@@ -229,23 +227,12 @@ class _LoadAndAugment:
             image_id, sample = self._replacement(self.replacements, entry["index"], error)
             skipped = f"{error}. Image {image_id} took its place."
         sample = augment(sample, sample_rng(self.seed, entry["epoch"], image_id), self.config)
-        return {
-            "position": entry["position"],
-            "epoch": entry["epoch"],
-            "image_id": image_id,
-            "height": sample.image.shape[0],
-            "width": sample.image.shape[1],
-            "image": sample.image.tobytes(),
-            "index_map": sample.index_map.astype("<u2").tobytes(),
-            "classes": sample.classes.tolist(),
-            "skipped": skipped,
-        }
+        return augmented_row(sample, entry["position"], entry["epoch"], image_id, skipped)
 
     def _load(self, image_id: int, shard: int, row: int) -> Sample:
         packed = _read_row(self.shards[shard], row, image_id)
         try:
-            indices, classes = index_map(decode_panoptic(packed["panoptic"]), packed["segments"], self.taxonomy)
-            return Sample(decode_image(packed["image"]), indices, classes)
+            return packed_sample(packed)
         except ValueError as error:
             raise _unusable(self.shards[shard], row, image_id, error) from error
 
@@ -261,6 +248,37 @@ class _LoadAndAugment:
         raise UserError(
             f"{error}. Nor can {len(tried)} images after it be used in its place. {_PACK_AGAIN}."
         ) from error
+
+
+def augmented_row(
+    sample: Sample, position: int, epoch: int, image_id: int, skipped: str | None = None
+) -> dict[str, Any]:
+    """Return the AUGMENTED row of a sample."""
+    return {
+        "position": position,
+        "epoch": epoch,
+        "image_id": image_id,
+        "height": sample.image.shape[0],
+        "width": sample.image.shape[1],
+        # Views, which Arrow copies once.
+        "image": np.ascontiguousarray(sample.image).data.cast("B"),
+        "index_map": np.ascontiguousarray(sample.index_map, index_map_type(len(sample.classes))).data.cast("B"),
+        "classes": sample.classes,
+        "skipped": skipped,
+    }
+
+
+def packed_sample(row: Mapping[str, Any]) -> Sample:
+    """Decode a PACKED row for training.
+
+    Raises:
+        ValueError: the row cannot be decoded, or its image and its index map differ in size.
+    """
+    image = decode_image(row["image"])
+    index_map = decompress_index_map(row["index_map"], (row["height"], row["width"]), len(row["classes"]))
+    if image.shape[:2] != index_map.shape:
+        raise ValueError(f"its image has the size {image.shape[:2]}, and its index map {index_map.shape}")
+    return Sample(image, index_map, np.array(row["classes"], np.int16))
 
 
 def _following(shard: np.ndarray, index: int) -> list[int]:
@@ -361,7 +379,7 @@ def _read_and_check(shard: str, row: int, image_id: int) -> dict:
         raise _unusable(shard, row, image_id, error) from error
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise _unusable(shard, row, image_id, error) from error
-    if packed["image_id"] != image_id or sha256(packed["image"] + packed["panoptic"]) != packed["sha256"]:
+    if packed["image_id"] != image_id or row_hash(packed) != packed["sha256"]:
         raise _UnusableRowError(
             f"Row {row} of {shard} is damaged: its bytes are not those of image {image_id} as packed"
         )

@@ -4,8 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
-from pipelines.data.augment import Sample, augment, drop_empty, flip, random_crop, resize, sample_rng
+from pipelines.data.augment import (
+    Sample,
+    augment,
+    drop_empty,
+    flip,
+    random_crop,
+    resize,
+    resize_nearest,
+    sample_rng,
+)
 from pipelines.data.augment_config import AugmentConfig
 
 COLORS = np.array([[0, 0, 0], [250, 10, 10], [10, 250, 10], [10, 10, 250]], np.uint8)
@@ -128,3 +139,44 @@ def test_segments_without_pixels_can_be_kept() -> None:
         )
         np.testing.assert_array_equal(with_kept, with_dropped)
     assert lost > 0
+
+
+def slow_resize(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """torch's nearest neighbor, by way of float32, which represents every number exactly."""
+    return F.interpolate(torch.tensor(plane.astype(np.float32))[None, None], shape, mode="nearest")[0, 0].numpy()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_maps_are_resized_as_torch_does(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        size, shape = rng.integers(1, 200, (2, 2)).tolist()
+        plane = rng.integers(0, 200, size).astype(dtype)[:, :: rng.choice([-1, 1])]
+        resized = resize_nearest(plane, (shape[0], shape[1]))
+        assert resized.dtype == dtype
+        np.testing.assert_array_equal(resized, slow_resize(plane, (shape[0], shape[1])))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_empty_segments_are_dropped_by_counting(dtype: type) -> None:
+    rng = np.random.default_rng(1)
+    for count in (0, 1, 5, 60, 255):
+        plane = rng.choice(rng.integers(0, count + 1, 12), (30, 40)).astype(dtype)
+        sample = drop_empty(Sample(np.zeros((30, 40, 3), np.uint8), plane, np.arange(count, dtype=np.int16)))
+        present = [number for number in range(1, count + 1) if (plane == number).any()]
+        assert sample.classes.tolist() == [number - 1 for number in present]
+        assert sample.index_map.dtype == dtype
+        expected = np.zeros_like(plane)
+        for new, old in enumerate(present, 1):
+            expected[plane == old] = new
+        np.testing.assert_array_equal(sample.index_map, expected)
+
+
+def test_bytes_and_words_give_the_same_sample() -> None:
+    sample = quarters()
+    small, large = (sample._replace(index_map=sample.index_map.astype(dtype)) for dtype in (np.uint8, np.uint16))
+    for image_id in range(12):
+        one, other = (augment(each, sample_rng(0, 1, image_id), SMALL) for each in (small, large))
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.index_map, other.index_map)
+        np.testing.assert_array_equal(one.classes, other.classes)

@@ -33,7 +33,7 @@ def table(samples: list[dict]) -> pa.Table:
         {
             **row,
             "image": row["image"].tobytes(),
-            "index_map": row["index_map"].tobytes(),
+            "index_map": row["index_map"].astype("<u2" if len(row["classes"]) > 255 else "u1").tobytes(),
             "classes": list(row["classes"]),
         }
         for row in samples
@@ -130,7 +130,7 @@ def renamed(schema: pa.Schema) -> pa.Schema:
     ("change", "message"),
     [
         (lambda good: good.drop_columns("classes"), "column classes is missing"),
-        (lambda good: good.cast(renamed(good.schema)), "schema augmented v0 instead of augmented v2"),
+        (lambda good: good.cast(renamed(good.schema)), "schema augmented v0 instead of augmented v3"),
         (lambda good: good.replace_schema_metadata(None), "schema without a name"),
         (
             lambda good: good.set_column(0, "position", good["position"].cast(pa.int32())),

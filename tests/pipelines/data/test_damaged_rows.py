@@ -18,6 +18,8 @@ from pipelines.config.recipes import DEMO
 from pipelines.data import stream
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import samples_at
+from pipelines.data.pixels import compress_index_map
+from pipelines.data.schema import PACKED, row_hash
 from pipelines.errors import StorageUnavailableError, UserError
 
 SEED, NUM_IMAGES, ROWS_PER_SHARD = 5, 80, 16
@@ -58,7 +60,6 @@ def damage(samples: PackedSet, *indices: int) -> None:
 def augmented(samples: PackedSet, positions: np.ndarray, policy: str = "stop", patience: float = 0) -> list[dict]:
     operator = stream._LoadAndAugment(
         samples.shards,
-        samples.taxonomy,
         SEED,
         DEMO.data.augment,
         patience,
@@ -228,12 +229,19 @@ def test_skipping_ends_where_nothing_can_be_read(samples: PackedSet) -> None:
         augmented(samples, np.arange(1), "skip")
 
 
-def test_an_image_with_too_many_segments_is_named(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As older versions packed it."""
-    monkeypatch.setattr("pipelines.data.pixels.MAX_SEGMENTS", 0)
-    with pytest.raises(
-        UserError, match=r"^Row \d+ of .*, image \d+, cannot be used: it has \d+ segments, but an index"
-    ):
+@pytest.mark.parametrize("size", [(4, 4), (56, 84)])
+def test_an_index_map_that_does_not_fit_is_named(samples: PackedSet, size: tuple[int, int]) -> None:
+    """With the right hash, as a foreign program may write it."""
+    index = index_at(0)
+    file = samples.shards[samples.shard[index]]
+    rows = pq.read_table(file).to_pylist()
+    row = rows[samples.row[index]]
+    row["index_map"] = compress_index_map(np.zeros(size, np.uint16), len(row["classes"]))
+    if size != (4, 4):  # the JSON agrees with the index map, and the image does not
+        row["height"], row["width"] = size
+    row["sha256"] = row_hash(row)
+    pq.write_table(pa.Table.from_pylist(rows, schema=PACKED), file, row_group_size=1)
+    with pytest.raises(UserError, match=r"^Row \d+ of .*, image \d+, cannot be used: its (index map|image)"):
         augmented(samples, np.arange(1))
 
 

@@ -3,14 +3,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
+from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import CocoLayout
 from pipelines.data.manifest import read_index, read_manifest
 from pipelines.data.pack import PackConfig, PackReport, pack
-from pipelines.data.schema import PACKED, require
+from pipelines.data.pixels import decode_panoptic, decompress_index_map, index_map
+from pipelines.data.schema import PACKED, require, row_hash
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate, sha256
 from tests.pipelines.data.coco_folder import OTHER_THING, SPLIT, THING, edit_json, json_file, write_coco_folder
@@ -53,7 +56,12 @@ def test_shards_hold_the_files_as_they_are(tmp_path, output):
         annotation = annotations[row["image_id"]]
         panoptic = (tmp_path / "annotations" / f"panoptic_{SPLIT}" / annotation["file_name"]).read_bytes()
         assert (row["image"], row["panoptic"]) == (image, panoptic)
-        assert row["sha256"] == sha256(image + panoptic)
+        taxonomy = Taxonomy.from_coco(document["categories"])
+        plane, classes = index_map(decode_panoptic(panoptic), annotation["segments_info"], taxonomy)
+        assert row["classes"] == classes.tolist()
+        size = (row["height"], row["width"])
+        np.testing.assert_array_equal(decompress_index_map(row["index_map"], size, len(classes)), plane)
+        assert row["sha256"] == row_hash(row)
         assert (row["height"], row["width"]) == sizes[row["image_id"]]
         keys = ("id", "category_id", "iscrowd")
         assert row["segments"] == [{key: segment[key] for key in keys} for segment in annotation["segments_info"]]
@@ -237,9 +245,9 @@ def test_other_folders_are_not_packs(folder, output):
     packed(folder, output)
     manifest = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(UserError, match="has version 99, and this program reads version 1; pack the data set again"):
+    with pytest.raises(UserError, match="has version 99, and this program reads version 2; pack the data set again"):
         read_manifest(location)
-    for text in ("{", "[]", json.dumps({"version": 1})):
+    for text in ("{", "[]", json.dumps({"version": 2})):
         (output / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"is not a manifest of prepare_data\.py"):
             read_manifest(location)

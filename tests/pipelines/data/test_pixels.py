@@ -6,7 +6,14 @@ from PIL import Image
 
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
-from pipelines.data.pixels import decode_image, decode_panoptic, index_map, pixel_runs
+from pipelines.data.pixels import (
+    compress_index_map,
+    decode_image,
+    decode_panoptic,
+    decompress_index_map,
+    index_map,
+    pixel_runs,
+)
 from tests.pipelines.data.coco_folder import CATEGORIES, OTHER_STUFF, OTHER_THING, STUFF, THING, ids_to_rgb
 
 TAXONOMY = Taxonomy.from_coco(CATEGORIES)
@@ -137,3 +144,25 @@ def test_runs_reproduce_the_map_and_stay_within_rows(shape):
         assert x + length <= shape[1]
         painted[y, x : x + length] = value
     assert np.array_equal(painted, ids)
+
+
+@pytest.mark.parametrize(("count", "item"), [(0, 1), (255, 1), (256, 2), (65535, 2)])
+def test_an_index_map_is_stored_in_the_smallest_type(count: int, item: int):
+    plane = np.random.default_rng(count).integers(0, count, (31, 47), dtype=np.uint16, endpoint=True)
+    content = compress_index_map(plane, count)
+    found = decompress_index_map(content, (31, 47), count)
+    assert found.dtype.itemsize == item
+    np.testing.assert_array_equal(found, plane)
+
+
+@pytest.mark.parametrize("size", [(31, 46), (31, 48), (32, 47), (0, 0)])
+def test_an_index_map_of_another_size_is_refused(size: tuple[int, int]):
+    content = compress_index_map(np.ones((31, 47), np.uint16), 1)
+    with pytest.raises(ValueError, match=f"not one of {size[1]} x {size[0]} pixels"):
+        decompress_index_map(content, size, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zstd", compress_index_map(np.ones((4, 4), np.uint16), 1)[:-2]])
+def test_a_broken_index_map_is_refused(content: bytes):
+    with pytest.raises(ValueError, match="not one of 4 x 4 pixels"):
+        decompress_index_map(content, (4, 4), 1)

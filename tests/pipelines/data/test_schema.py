@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.schema import AUGMENTED, INDEX, PACKED, RESIZED, require
+from pipelines.data.schema import AUGMENTED, INDEX, PACKED, RESIZED, require, row_hash
 
 
 @pytest.mark.parametrize("schema", [PACKED, INDEX, AUGMENTED, RESIZED])
@@ -30,3 +30,34 @@ def test_another_name_or_version_or_order_is_refused():
         require(later, INDEX, "x")
     with pytest.raises(ValueError, match="order"):
         require(pa.schema(list(INDEX)[::-1], metadata=INDEX.metadata), INDEX, "x")
+
+
+def test_the_hash_covers_every_column() -> None:
+    row = {
+        "image_id": 1,
+        "file_name": "a.jpg",
+        "height": 2,
+        "width": 3,
+        "image": b"jpeg",
+        "panoptic": b"png",
+        "segments": [{"id": 7, "category_id": 1, "iscrowd": False}],
+        "index_map": b"plane",
+        "classes": [0],
+        "sha256": "",
+    }
+    assert [*row] == PACKED.names
+    hashes = {row_hash(row)}
+    for name, other in (
+        ("image_id", 2),
+        ("file_name", "b.jpg"),
+        ("height", 3),
+        ("width", 2),
+        ("image", b"jpg"),
+        ("panoptic", b"pnd"),
+        ("segments", [{"id": 7, "category_id": 1, "iscrowd": True}]),
+        ("index_map", b"plan"),
+        ("classes", [1]),
+    ):
+        hashes.add(row_hash({**row, name: other}))
+    assert len(hashes) == 10
+    assert row_hash({**row, "image": b"jpegp", "panoptic": b"ng"}) not in hashes
