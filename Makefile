@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/installed  ## train, evaluate and register a small model: 8 minutes on two cores
+demo: .venv/installed  ## train, evaluate and register a small model: 7 minutes on two cores
 	@$(BIN)/python jobs/train_demo.py
 
 test: .venv/installed  ## run every test that needs no GPU and no network
@@ -39,7 +39,7 @@ bench: .venv/installed  ## measure the training step against its peers
 		$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or \
 			sys.exit("error: Python 3.11 is needed, got %d.%d. Use: make PYTHON=python3.11" % sys.version_info[:2])' && \
 		echo "Installing PyTorch, Ray, MLflow and the development tools into .venv: about 7 GB on disk." && \
-		echo "This takes 3 minutes or more and prints nothing. The demo itself takes about 8 minutes on two cores." && \
+		echo "This takes 3 minutes or more and prints nothing. The demo itself takes about 7 minutes on two cores." && \
 		$(PYTHON) -m venv .venv; \
 	fi
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision

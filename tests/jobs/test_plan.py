@@ -62,7 +62,7 @@ def test_a_recipe_for_cpus(planned: Callable[..., Answer]) -> None:
     status, out, _ = planned("--recipe", "demo", "--cluster.gpus-per-node", "0", "--cluster.cpus-per-node", "2")
     assert status in (None, 0)
     assert "1 node(s), 0 GPUs, 2 CPUs" in out
-    assert re.search(r"^steps +given +1,500 = 12,000 images$", out, re.MULTILINE)
+    assert re.search(r"^steps +given +1,700 = 13,600 images$", out, re.MULTILINE)
     assert re.search(r"^images +\w+ +1,600 that the demo draws$", out, re.MULTILINE)
     assert "price" not in out
 
