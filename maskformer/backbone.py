@@ -13,7 +13,7 @@ import torchvision  # pyright: ignore[reportMissingTypeStubs]  # torchvision shi
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet, swin_transformer  # pyright: ignore[reportMissingTypeStubs]  # the same
+from torchvision.models import resnet, swin_transformer  # pyright: ignore[reportMissingTypeStubs]  # it ships none
 
 from maskformer.config import ModelConfig
 from maskformer.recompute import call_layers

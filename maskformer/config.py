@@ -46,8 +46,8 @@ class ModelConfig:
     intends the same, but its loop ends one level early, so both res4 convolutions start from a wider Kaiming normal
     distribution."""
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass instead of storing them. It needs less memory and about a third more
-    time, and changes no number. It applies to the blocks of ResNet and Swin and the pixel decoder's encoder layers."""
+    """Recompute activations in the backward pass instead of storing them. It takes less memory and more time and
+    changes no number. It applies to the blocks of ResNet and Swin and to the pixel decoder's encoder layers."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of each RGB channel, on the scale 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)

@@ -189,6 +189,14 @@ def _sweep(
     return torch.stack([focal / pixels, dice_losses]).to(maps.dtype)
 
 
+def softplus(logits: Tensor, share: Tensor, other: Tensor) -> Tensor:
+    """Return log(1 + exp(logits)), given their sigmoid `share` and `other` = 1 - share.
+
+    The absolute error is at most that of rounding 1. PyTorch's own function takes six times as long on a CPU.
+    """
+    return logits.clamp(min=0).sub_(torch.maximum(share, other).log_())
+
+
 def _strip(
     logits: Float[Tensor, "M R W"], inside: Float[Tensor, "M R W"], config: LossConfig
 ) -> tuple[Float[Tensor, "3 M R W"], Float[Tensor, "4 M"]]:
@@ -208,10 +216,8 @@ def _strip(
     wrong_logits = torch.rsub(inside, 1, alpha=2).mul_(logits)
     wrong = wrong_logits.sigmoid()
     right = 1 - wrong
-    # PyTorch's softplus takes six times as long on a CPU.
-    softplus = wrong_logits.clamp_(min=0).sub_(torch.maximum(wrong, right).log_())
     power = wrong.square() if gamma == 2 else wrong.pow(gamma)
-    focal = softplus.mul_(power)
+    focal = softplus(wrong_logits, wrong, right).mul_(power)
 
     torch.mul(wrong, right, out=slope)
     torch.mul(slope, inside, out=slope_inside)

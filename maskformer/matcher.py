@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissin
 from torch import Tensor
 
 from maskformer.config import LossConfig
+from maskformer.mask_losses import softplus
 from maskformer.pieces import for_each, piece_size
 from maskformer.targets import Targets, to_device
 
@@ -139,7 +140,7 @@ def _mask_costs(
         share = part.sigmoid()
         other = 1 - share
         # softplus(part), the loss of a pixel outside; softplus(-part), that of one inside, is less by the logit.
-        loss = part.clamp(min=0).sub_(torch.maximum(share, other).log_())
+        loss = softplus(part, share, other)
         loss_inside = (loss - part).mul_(alpha * other.pow_(gamma))
         loss.mul_(share.pow(gamma)).mul_(1 - alpha)
         # sum over pixels of t * inside + (1 - t) * outside, with one matrix product instead of two
