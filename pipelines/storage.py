@@ -145,6 +145,29 @@ class Location:
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
+    def read_range(self, offset: int, length: int, anew: bool = False) -> bytes:
+        """Read `length` bytes from `offset` on with one request, or fewer if the file ends before.
+
+        An object stays open in this process, which holds nothing but its size, so that this is not requested again.
+
+        Args:
+            anew: open the object again, which may have been replaced.
+        """
+
+        def read() -> bytes:
+            if self.is_local:
+                with open(self.path, "rb") as file:
+                    return os.pread(file.fileno(), length, offset)
+            try:
+                return _opened(self.uri, _settings()).read_at(length, offset)
+            except OSError:
+                _opened.cache_clear()  # one that failed once may fail forever
+                raise
+
+        if anew:
+            _opened.cache_clear()
+        return retried("read", self, read)
+
     def write_bytes(self, data: bytes | memoryview) -> None:
         """Write the file atomically, creating its parent folders.
 
@@ -418,6 +441,12 @@ def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.File
         endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
         filesystem = _S3(filesystem.region, endpoint)
     return filesystem, root
+
+
+@lru_cache(maxsize=4096)
+def _opened(uri: str, settings: tuple[tuple[str, str], ...]) -> pa.NativeFile:
+    location = locate(uri)
+    return location.filesystem.open_input_file(location.path)
 
 
 def sha256(data: bytes | memoryview) -> str:

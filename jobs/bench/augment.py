@@ -34,7 +34,7 @@ def main() -> None:
     from pipelines.data.coco import CocoLayout, read_coco
     from pipelines.data.pack import packed_row
     from pipelines.data.schema import AUGMENTED
-    from pipelines.data.stream import augmented_row, packed_sample
+    from pipelines.data.tasks import augmented_row, decoded_sample
 
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
@@ -46,7 +46,7 @@ def main() -> None:
         for turn in range(flags.images):
             row = rows[turn % len(rows)]
             since = time.process_time()
-            sample = packed_sample(row)
+            sample = decoded_sample(row["image"], row["index_map"], row)
             decoding += time.process_time() - since
             epoch = turn // len(rows)
             sample = augment(sample, sample_rng(0, epoch, row["image_id"]), recipe.data.augment)

@@ -126,7 +126,8 @@ def _torchrun(flags: Reliability, folder: Path) -> str:
     for rank in range(2):
         batches = training_batches(
             open_pack(config.data.train), config.batch_split.positions(rank, 0, flags.steps), seed=config.run.seed,
-            augmentation=config.data.augment, micro_batch=1, samples_per_task=16, cpus=1, prefetch=1,
+            augmentation=config.data.augment, micro_batch=1, samples_per_task=16, cpus=1,
+            object_store=10**9, prefetch=1,
         )  # fmt: skip
         (folder / f"batches_{rank}.pickle").write_bytes(pickle.dumps(list(batches)))
     command = [

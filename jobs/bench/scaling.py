@@ -300,7 +300,7 @@ def measure_data(flags: Scaling, _: dict[str, float]) -> tuple[str, dict[str, fl
             since, cpu, first = time.perf_counter(), time.process_time(), 0.0
             for _ in training_batches(
                 samples, np.arange(TASKS * per_task), seed=seed, augmentation=_augmentation(), micro_batch=1,
-                samples_per_task=per_task, cpus=1, prefetch=8,
+                samples_per_task=per_task, cpus=1, object_store=10**9, prefetch=8,
             ):  # fmt: skip
                 first = first or time.perf_counter() - since
             return first, time.perf_counter() - since, time.process_time() - cpu

@@ -38,6 +38,7 @@ FACTS = {
     "data.train": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_TRAIN_DATA"),
     "data.val": Facts(resumable=True, in_sweep="not comparable", variable="MASKFORMER_VAL_DATA"),
     "data.samples_per_task": Facts(resumable=True, in_sweep="no effect"),
+    "data.object_store_gb": Facts(resumable=True, in_sweep="no effect"),
     "data.prefetch": Facts(resumable=True, in_sweep="no effect"),
     "data.damaged": Facts(resumable=True, in_sweep="no effect"),
     "scaling": Facts(resumable=True, in_sweep="no effect"),

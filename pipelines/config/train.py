@@ -33,8 +33,10 @@ class DataConfig:
     require_thing: bool = True
     """Skip images without a non-crowd thing segment, as mmdetection does."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    samples_per_task: int = 16
+    samples_per_task: int = 64
     """Images that one Ray Data task decodes and augments."""
+    object_store_gb: float = 1.5
+    """GB of Ray's object store that the stream of each worker may use."""
     prefetch: int = 8
     """Micro-batches that each worker prefetches."""
     damaged: Literal["stop", "skip"] = "stop"
@@ -43,6 +45,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data", self, samples_per_task=1, prefetch=1)
+        if not self.object_store_gb > 0:
+            raise ValueError(f"data.object_store_gb must be above 0, got {self.object_store_gb:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,16 +46,16 @@ class PanopticBatch:
             ValueError: the table has another schema or version, or an index map does not fit its classes.
         """
         require(table, AUGMENTED, "A batch from the data stream")
-        rows = table.to_pylist()
+        pixels, maps = table["image"], table["index_map"]  # read in place, not copied as Python's bytes
+        rows = table.drop_columns(["image", "index_map"]).to_pylist()
         height, width = max(row["height"] for row in rows), max(row["width"] for row in rows)
         images = np.zeros((len(rows), height, width, 3), np.uint8)
         index_maps = np.zeros((len(rows), height, width), np.int32)
         for index, row in enumerate(rows):
             h, w = row["height"], row["width"]
-            images[index, :h, :w] = np.frombuffer(row["image"], np.uint8).reshape(h, w, 3)
-            index_maps[index, :h, :w] = np.frombuffer(row["index_map"], index_map_type(len(row["classes"]))).reshape(
-                h, w
-            )
+            images[index, :h, :w] = np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(h, w, 3)
+            dtype = index_map_type(len(row["classes"]))
+            index_maps[index, :h, :w] = np.frombuffer(maps[index].as_buffer(), dtype).reshape(h, w)
         batch = cls(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             index_maps=torch.from_numpy(index_maps),

@@ -8,17 +8,18 @@ manifest.json         hashes of these files; written last, so a folder without i
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.data.schema import INDEX, require
+from pipelines.data.schema import FILES, INDEX, require
 from pipelines.errors import UserError
 from pipelines.storage import Location, absolute, locate, sha256
 
-VERSION = 2
+VERSION = 3
 STATE_FILE, INDEX_FILE, MANIFEST_FILE = "pack.json", "index.parquet", "manifest.json"
 
 
@@ -89,7 +90,7 @@ def read_index(location: Location, manifest: Manifest) -> pa.Table:
     """Read the INDEX table of the pack at `location`.
 
     Raises:
-        UserError: the file is missing or does not match the manifest.
+        UserError: the file is missing, does not match the manifest, or has values that no pack has.
     """
     file = location / manifest.index.file
     content = file.read_bytes() if file.exists() else b""
@@ -100,7 +101,19 @@ def read_index(location: Location, manifest: Manifest) -> pa.Table:
         )
     table = pq.read_table(pa.BufferReader(content))
     require(table, INDEX, str(file))
-    return table
+    shard, ids = table["shard"].to_numpy(), table["image_id"].to_numpy()
+    parts = [table[name].combine_chunks() for name in FILES]
+    sizes = [table["height"], table["width"], *(part.field("bytes") for part in parts)]
+    offsets = [part.field("offset") for part in parts]
+    if len(ids) and ids.min() < 0:
+        problem = f"has the image id {ids.min()}, but ids must not be negative"
+    elif not np.array_equal(shard, np.repeat(np.arange(len(manifest.shards)), [s.rows for s in manifest.shards])):
+        problem = f"lists other images than the shards in {MANIFEST_FILE} have"
+    elif any((np.asarray(column) < least).any() for columns, least in ((sizes, 1), (offsets, 0)) for column in columns):
+        problem = "has an image without a size"
+    else:
+        return table
+    raise UserError(f"{file} {problem}. Pack the data set again into another folder.")
 
 
 @dataclass(frozen=True)
@@ -111,18 +124,32 @@ class PackedSet:
     shards: tuple[str, ...]
     taxonomy: Taxonomy
     data_hash: str
-    image_ids: np.ndarray
-    shard: np.ndarray
-    """[N] index of each image's shard in `shards`."""
-    row: np.ndarray
-    """[N] row of each image in its shard."""
-    num_things: np.ndarray
-    """[N] segments of thing classes in each image, not counting crowds."""
+    index: pa.Table
+    """The rows of these images, of the INDEX schema."""
     num_left_out: int = 0
     """Number of images that `with_things` removed."""
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.index)
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        return self.index["image_id"].to_numpy()
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """[N] index of each image's shard in `shards`."""
+        return self.index["shard"].to_numpy()
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """[N] row of each image in its shard."""
+        return self.index["row"].to_numpy()
+
+    @cached_property
+    def num_things(self) -> np.ndarray:
+        """[N] segments of thing classes in each image, not counting crowds."""
+        return self.index["num_things"].to_numpy()
 
     def with_things(self) -> "PackedSet":
         """Return the images that have a thing other than a crowd.
@@ -144,15 +171,14 @@ class PackedSet:
 
     def take(self, indices: np.ndarray) -> "PackedSet":
         """Return the images at `indices`, in that order."""
-        names = ("image_ids", "shard", "row", "num_things")
-        return replace(self, **{name: getattr(self, name)[indices] for name in names})
+        return replace(self, index=self.index.take(indices))
 
 
 def open_pack(uri: str) -> PackedSet:
     """Open a pack with all its images.
 
     Raises:
-        UserError: there is no complete pack, or it has no images, or an image id is negative.
+        UserError: there is no complete pack, or it has no images, or its index does not fit its shards.
     """
     uri = absolute(uri)
     location = locate(uri)
@@ -160,19 +186,10 @@ def open_pack(uri: str) -> PackedSet:
     index = read_index(location, manifest)
     if not len(index):
         raise UserError(f"The pack {uri} has no images. Pack a data set that has some.")
-    first = int(index["image_id"].to_numpy().min())
-    if first < 0:  # of an older prepare_data.py
-        raise UserError(
-            f"The pack {uri} has the image id {first}, but ids must not be negative. Renumber the images and pack the "
-            f"data set again into another folder."
-        )
     return PackedSet(
         uri=uri,
         shards=tuple(str(location / shard.file) for shard in manifest.shards),
         taxonomy=manifest.taxonomy,
         data_hash=manifest.data_hash,
-        image_ids=index["image_id"].to_numpy(),
-        shard=index["shard"].to_numpy(),
-        row=index["row"].to_numpy(),
-        num_things=index["num_things"].to_numpy(),
+        index=index,
     )

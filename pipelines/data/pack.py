@@ -3,6 +3,7 @@
 A pack is a pure function of its input, so an interrupted one can be resumed and ends with the same bytes.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -19,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.data.coco import CocoDataset, CocoLayout, Record, read_coco
+from pipelines.data.coco import CocoLayout, Record, read_coco
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
 from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
-from pipelines.data.schema import INDEX, PACKED, row_hash
+from pipelines.data.schema import FILES, INDEX, PACKED
 from pipelines.data.validate import Fault, validate
 from pipelines.errors import UserError
 from pipelines.progress import progress
@@ -96,7 +97,9 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
             shards[name] = _write(folder / name, _shard(rows), len(rows))
             _write_state(folder, source, shards)
 
-    index = _index(dataset, chunks)
+    index = pa.concat_tables(
+        index_of((folder / name).read_bytes(), number, dataset.taxonomy) for number, name in enumerate(chunks)
+    )
     index_file = _write(folder / INDEX_FILE, _parquet(index), len(index))
     manifest = {
         "version": VERSION,
@@ -185,7 +188,7 @@ def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> dict[s
     """Read the files of an image that was checked; return its PACKED row."""
     panoptic = (layout.panoptic / record.panoptic_file).read_bytes()
     plane, classes = index_map(decode_panoptic(panoptic), record.segments, taxonomy)
-    row = {
+    return {
         "image_id": record.image_id,
         "file_name": record.image_file,
         "height": record.height,
@@ -196,7 +199,6 @@ def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> dict[s
         "index_map": compress_index_map(plane, len(classes)),
         "classes": classes.tolist(),
     }
-    return {**row, "sha256": row_hash(row)}
 
 
 def _shard(rows: list[dict[str, Any]]) -> bytes:
@@ -212,24 +214,45 @@ def _shard(rows: list[dict[str, Any]]) -> bytes:
     )
 
 
-def _index(dataset: CocoDataset, chunks: dict[str, Sequence[Record]]) -> pa.Table:
+def index_of(content: bytes, shard: int, taxonomy: Taxonomy) -> pa.Table:
+    """Return the INDEX rows of the shard number `shard` with this content."""
+    file = pq.ParquetFile(pa.BufferReader(content))
     rows: list[dict[str, Any]] = []
-    for shard, records in enumerate(chunks.values()):
-        for row, record in enumerate(records):
-            classes = [dataset.taxonomy.class_index(s["category_id"]) for s in record.segments if not s["iscrowd"]]
-            rows.append(
-                {
-                    "image_id": record.image_id,
-                    "file_name": record.image_file,
-                    "shard": shard,
-                    "row": row,
-                    "height": record.height,
-                    "width": record.width,
-                    "num_things": sum(map(dataset.taxonomy.is_thing, classes)),
-                    "num_segments": len(classes),
-                }
-            )
+    for number in range(file.num_row_groups):
+        packed = file.read_row_group(number).to_pylist()[0]
+        group = file.metadata.row_group(number)
+        classes = [taxonomy.class_index(s["category_id"]) for s in packed["segments"] if not s["iscrowd"]]
+        files = {
+            name: _part(content, group.column(column), packed[name])
+            for column, name in enumerate(_leaves(group))
+            if name in FILES
+        }
+        rows.append(
+            {
+                **packed,
+                **files,
+                "num_things": sum(map(taxonomy.is_thing, classes)),
+                "num_segments": len(classes),
+                "shard": shard,
+                "row": number,
+            }
+        )
     return pa.Table.from_pylist(rows, schema=INDEX)
+
+
+def _leaves(group: pq.RowGroupMetaData) -> list[str]:
+    return [group.column(column).path_in_schema for column in range(group.num_columns)]
+
+
+def _part(content: bytes, column: pq.ColumnChunkMetaData, value: bytes) -> dict[str, Any]:
+    """Return where the only value of a column is in the shard, and its hash.
+
+    A plain, uncompressed column of one value ends with its bytes.
+    """
+    offset = column.data_page_offset + column.total_compressed_size - len(value)
+    if content[offset : offset + len(value)] != value:
+        raise AssertionError(f"The column {column.path_in_schema} does not end with its value.")
+    return {"offset": offset, "bytes": len(value), "sha256": hashlib.sha256(value).digest()}
 
 
 def _parquet(table: pa.Table, **options: Any) -> bytes:

@@ -23,7 +23,7 @@ MAX_SEGMENTS = 2**16 - 1
 """Segments that an index map can number."""
 
 
-def decode_image(content: bytes) -> npt.NDArray[np.uint8]:
+def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, 3] RGB; gray and CMYK become RGB.
 
     An EXIF orientation is not applied: COCO's annotations were drawn on the stored pixels.
@@ -34,7 +34,7 @@ def decode_image(content: bytes) -> npt.NDArray[np.uint8]:
     return np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
 
 
-def decode_panoptic(content: bytes) -> npt.NDArray[np.int32]:
+def decode_panoptic(content: bytes | memoryview) -> npt.NDArray[np.int32]:
     """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
 
     Raises:
@@ -91,7 +91,7 @@ def compress_index_map(plane: npt.NDArray[np.uint16], num_segments: int) -> byte
 
 
 def decompress_index_map(
-    content: bytes, size: tuple[int, int], num_segments: int
+    content: bytes | memoryview, size: tuple[int, int], num_segments: int
 ) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
     """Return the index map [H, W] that `compress_index_map` compressed, read-only.
 
@@ -140,7 +140,7 @@ def pixel_runs(
     return values, run_of_value, Runs(y, x, np.diff(start, append=ids.size))
 
 
-def _open(content: bytes) -> Image.Image:
+def _open(content: bytes | memoryview) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()

@@ -1,14 +1,9 @@
 """The schemas of the data pipeline: four pyarrow schemas, each with a name and a version.
 
-The packer writes PACKED and INDEX. Ray Data tasks read PACKED and return AUGMENTED for training or RESIZED for
+The packer writes PACKED and INDEX. Ray Data tasks read both and return AUGMENTED for training or RESIZED for
 inference, and the receiver of a batch checks its schema. Name and version are in the schema's metadata. A change of
 meaning needs a new version even if no type changes.
 """
-
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 
@@ -19,44 +14,48 @@ def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={_NAME: name.encode(), _VERSION: str(version).encode()})
 
 
+_SEGMENTS = pa.list_(pa.struct([("id", pa.int32()), ("category_id", pa.int32()), ("iscrowd", pa.bool_())]))
+_PART = pa.struct([("offset", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.binary(32))])
+
+FILES = ("panoptic", "image", "index_map")
+"""The columns of a packed row that are files."""
+
 PACKED = _schema(
     "packed",
-    2,
+    3,
     [
         pa.field("image_id", pa.int64()),
         pa.field("file_name", pa.string()),  # of the image, as the annotation JSON has it
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
-        pa.field("image", pa.large_binary()),  # the image file's bytes, untouched
-        pa.field("panoptic", pa.large_binary()),  # the panoptic PNG's bytes, untouched
-        pa.field(
-            "segments",  # in the annotation's order; ids are those of the PNG, R + 256 G + 65536 B
-            pa.list_(pa.struct([("id", pa.int32()), ("category_id", pa.int32()), ("iscrowd", pa.bool_())])),
-        ),
-        # What training reads in place of the PNG, see `pixels.index_map`: zstd of height * width numbers, row-major.
-        # uint8, or little-endian uint16 for more than 255 classes below.
-        pa.field("index_map", pa.large_binary()),
+        pa.field("segments", _SEGMENTS),  # in the annotation's order; ids are those of the PNG, R + 256 G + 65536 B
         pa.field("classes", pa.list_(pa.int16())),  # class index of each number of the index map, from 1 on
-        pa.field("sha256", pa.string()),  # of all other columns, see `row_hash`
+        # Evaluation reads the first two of these, training the last two, in one piece.
+        pa.field("panoptic", pa.large_binary()),  # the panoptic PNG's bytes, untouched
+        pa.field("image", pa.large_binary()),  # the image file's bytes, untouched
+        # What training reads in place of the PNG, see `pixels.index_map`: zstd of height * width numbers, row-major.
+        # uint8, or little-endian uint16 for more than 255 classes above.
+        pa.field("index_map", pa.large_binary()),
     ],
 )
 """One row is one image with its annotation."""
 
 INDEX = _schema(
     "index",
-    1,
+    2,
     [
-        pa.field("image_id", pa.int64()),
-        pa.field("file_name", pa.string()),
-        pa.field("shard", pa.int32()),  # index in the manifest's list of shards
-        pa.field("row", pa.int32()),  # within the shard; also the number of its row group
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
+        *(PACKED.field(name) for name in ("image_id", "file_name", "height", "width", "segments", "classes")),
         pa.field("num_things", pa.int32()),  # segments of thing classes, not counting crowds
         pa.field("num_segments", pa.int32()),  # all segments, not counting crowds
+        pa.field("shard", pa.int32()),  # index in the manifest's list of shards
+        pa.field("row", pa.int32()),  # within the shard; also the number of its row group
+        *(pa.field(name, _PART) for name in FILES),  # where in the shard, and its hash
     ],
 )
-"""One row per packed row, in ascending image id: what can be read from a pack without its images."""
+"""One row per packed row, in ascending image id: all of it but the three files, and where they are in the shard.
+
+A reader needs no more than a range of the shard's bytes. The manifest has the index's hash.
+"""
 
 AUGMENTED = _schema(
     "augmented",
@@ -89,7 +88,7 @@ RESIZED = _schema(
         pa.field("original_height", pa.int32()),
         pa.field("original_width", pa.int32()),
         pa.field("panoptic", pa.large_binary()),  # the ground truth at its original size, as packed
-        pa.field("segments", PACKED.field("segments").type),
+        pa.field("segments", _SEGMENTS),
     ],
 )
 """One row is one image for inference, with its ground truth."""
@@ -123,19 +122,6 @@ def require(data: pa.Table | pa.RecordBatch | pa.Schema, expected: pa.Schema, wh
             f"{what} does not have the schema {wanted}: {'; '.join(differences)}. "
             f"Write it again with this version of the program."
         )
-
-
-_FILES = ("image", "panoptic", "index_map")
-
-
-def row_hash(row: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a PACKED row: of the bytes of its files, then of their lengths and all else as JSON."""
-    digest = hashlib.sha256()
-    for name in _FILES:
-        digest.update(row[name])
-    rest = [row[name] for name in PACKED.names if name not in (*_FILES, "sha256")]
-    digest.update(json.dumps([len(row[name]) for name in _FILES] + rest, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _label(schema: pa.Schema) -> str:

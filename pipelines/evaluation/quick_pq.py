@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch.distributed as dist
 from ray.exceptions import RayError
 
@@ -14,7 +13,7 @@ from maskformer import MaskFormer, PanopticQuality, Segmenter
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import PackedSet
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import blocks, resized_images
+from pipelines.data.stream import original_errors, resized_images
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.evaluation.predict import score_row
 
@@ -83,9 +82,11 @@ def _tables(samples: PackedSet, config: TrainConfig, rank: int, workers: int) ->
         long_side=size.long_side,
         samples_per_task=config.data.samples_per_task,
         cpus=cpus,
+        object_store=int(config.data.object_store_gb * 1e9),
         patience=config.scaling.storage_patience,
+        name=f"quick-pq-{rank}",
     )
-    for block in blocks(images, cpus, f"quick-pq-{ray.get_runtime_context().get_worker_id()}-{rank}"):
-        table = ray.get(block)
-        require(table, RESIZED, "A batch of the quick evaluation")
-        yield table
+    with original_errors():
+        for table in images.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            require(table, RESIZED, "A batch of the quick evaluation")
+            yield table

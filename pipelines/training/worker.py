@@ -292,9 +292,11 @@ class _Worker:
             micro_batch=config.run.micro_batch,
             samples_per_task=config.data.samples_per_task,
             cpus=config.scaling.data_cpus / split.workers,
+            object_store=int(config.data.object_store_gb * 1e9),
             prefetch=config.data.prefetch,
             damaged=config.data.damaged,
             patience=config.scaling.storage_patience,
+            name=f"train-{self._rank}",
         )
         first = True
         try:

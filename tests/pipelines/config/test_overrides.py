@@ -14,7 +14,7 @@ from tests.pipelines.config.settings import another, field_types_of, setting, wi
 RESUMABLE = (
     "scaling", "checkpoint", "evaluation", "tracking", "run.storage", "run.sample_log",
     "run.non_finite", "run.patience", "model.checkpoint_activations",
-    "data.train", "data.val", "data.samples_per_task", "data.prefetch", "data.damaged",
+    "data.train", "data.val", "data.samples_per_task", "data.object_store_gb", "data.prefetch", "data.damaged",
 )  # fmt: skip
 
 

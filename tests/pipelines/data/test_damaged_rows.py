@@ -1,9 +1,11 @@
 """Rows of a pack that cannot be read, at once or at all. The operators of the streams are called without Ray."""
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import pytest
 from jobs.bench.shared.faulty_server import FaultyServer
 from pipelines import storage
 from pipelines.config.recipes import DEMO
-from pipelines.data import stream
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import samples_at
 from pipelines.data.pixels import compress_index_map
-from pipelines.data.schema import PACKED, row_hash
+from pipelines.data.reading import read_files
+from pipelines.data.schema import INDEX
+from pipelines.data.tasks import LoadAndAugment, LoadAndResize, following
 from pipelines.errors import StorageUnavailableError, UserError
 
 SEED, NUM_IMAGES, ROWS_PER_SHARD = 5, 80, 16
@@ -27,7 +30,7 @@ SEED, NUM_IMAGES, ROWS_PER_SHARD = 5, 80, 16
 
 @pytest.fixture(autouse=True)
 def no_open_shards() -> None:
-    stream._open_shard.cache_clear()
+    storage._opened.cache_clear()
 
 
 @pytest.fixture
@@ -50,6 +53,11 @@ def damaged(content: bytes, row: int) -> bytes:
     return bytes(changed)
 
 
+def image_of(samples: PackedSet, index: int) -> bytes:
+    """Read an image of the set from its Parquet file."""
+    return pq.read_table(samples.shards[samples.shard[index]])["image"][int(samples.row[index])].as_py()
+
+
 def damage(samples: PackedSet, *indices: int) -> None:
     """Flip a bit in these images of the set."""
     for index in indices:
@@ -58,102 +66,83 @@ def damage(samples: PackedSet, *indices: int) -> None:
 
 
 def augmented(samples: PackedSet, positions: np.ndarray, policy: str = "stop", patience: float = 0) -> list[dict]:
-    operator = stream._LoadAndAugment(
-        samples.shards,
-        SEED,
-        DEMO.data.augment,
-        patience,
-        samples if policy == "skip" else None,
-    )
-    return [row for t in stream._sample_tables(samples, positions, SEED, 16) for row in operator(t).to_pylist()]
+    load = LoadAndAugment(samples, SEED, DEMO.data.augment, patience, policy == "skip")
+    return load(positions, *samples_at(positions, len(samples), SEED)).to_pylist()
+
+
+def resized(samples: PackedSet) -> list[dict]:
+    return LoadAndResize(samples, 40, 60, 0)(np.arange(len(samples))).to_pylist()
 
 
 def index_at(position: int) -> int:
     return int(samples_at(np.array([position]), NUM_IMAGES, SEED)[1][0])
 
 
-def read(samples: PackedSet, index: int, patience: float = 0) -> dict[str, Any]:
+def read(samples: PackedSet, index: int, patience: float = 0) -> bytes:
+    entry = samples.index.slice(index, 1).to_pylist()[0]
     with storage.patience(patience):
-        return stream._read_row(
-            samples.shards[samples.shard[index]], int(samples.row[index]), int(samples.image_ids[index])
-        )
+        image, _ = read_files(samples.shards[entry["shard"]], entry, "image", "index_map")
+    return bytes(image)
 
 
 # ---- reading again
 
 
-def test_a_shard_that_was_replaced_is_opened_again(intact: PackedSet, samples: PackedSet, tmp_path: Path) -> None:
-    """The file that is open stays damaged, as its bytes stay on the disk until it is closed."""
+def test_a_shard_that_was_replaced_is_read_anew(intact: PackedSet, samples: PackedSet, tmp_path: Path) -> None:
     damage(samples, 21)
-    shard = samples.shards[samples.shard[21]]
-    read(samples, 22)  # opens the shard
+    read(samples, 22)
     shutil.copy(intact.shards[1], tmp_path / "good")
-    (tmp_path / "good").replace(shard)
-    assert read(samples, 21) == read(intact, 21)
+    (tmp_path / "good").replace(samples.shards[1])
+    assert read(samples, 21) == image_of(intact, 21)
 
 
-def test_a_shard_with_other_rows_is_opened_again(intact: PackedSet, samples: PackedSet, tmp_path: Path) -> None:
-    shard = Path(samples.shards[1])
-    table = pq.read_table(shard)
-    pq.write_table(table.slice(0, 2), shard, row_group_size=1)
-    read(samples, 16)
-    shutil.copy(intact.shards[1], tmp_path / "good")
-    (tmp_path / "good").replace(shard)
-    assert read(samples, 31) == read(intact, 31)
+class Failing:
+    """Reading of local files that fails with EIO as long as `failing` says so."""
 
+    def __init__(self) -> None:
+        self.failing = self.reads = 0
 
-class FailingFile(pq.ParquetFile):
-    """A file that once fails with EIO as long as `failing` says so, and then forever."""
-
-    failing = 0
-    opened = 0
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        FailingFile.opened += 1
-        self.broken = False
-
-    def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
-        if FailingFile.failing:
-            FailingFile.failing -= 1
-            self.broken = True
-        if self.broken:
+    def pread(self, descriptor: int, length: int, offset: int) -> bytes:
+        self.reads += 1
+        if self.failing:
+            self.failing -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().read_row_group(*args, **options)
+        return _pread(descriptor, length, offset)
+
+
+_pread = os.pread
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingFile]:
-    monkeypatch.setattr(stream.pq, "ParquetFile", FailingFile)
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    reading = Failing()
+    monkeypatch.setattr(storage.os, "pread", reading.pread)
     monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
-    FailingFile.failing = FailingFile.opened = 0
-    return FailingFile
+    return reading
 
 
-def test_a_read_is_repeated_with_a_new_file(intact: PackedSet, failing: type[FailingFile]) -> None:
+def test_a_read_is_repeated(intact: PackedSet, failing: Failing) -> None:
     failing.failing = 3
-    assert read(intact, 21, patience=60)["image_id"] == intact.image_ids[21]
-    assert failing.opened == 4
+    assert read(intact, 21, patience=60) == image_of(intact, 21)
+    assert failing.reads == 4
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_storage_that_is_away_is_no_damage(intact: PackedSet, failing: type[FailingFile], policy: str) -> None:
+def test_a_storage_that_is_away_is_no_damage(intact: PackedSet, failing: Failing, policy: str) -> None:
     failing.failing = 10**9
     with pytest.raises(StorageUnavailableError, match=r"^Cannot read .*shard-0000\d\.parquet: .* did not answer"):
         augmented(intact, np.arange(2), policy)
-    resize = stream._LoadAndResize(intact.shards, 40, 60, 0)
     with pytest.raises(StorageUnavailableError):
-        resize(stream._rows_to_read(intact.image_ids, intact.shard, intact.row))
+        resized(intact)
 
 
 def test_a_fault_of_this_machine_is_no_damage(intact: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restarted workers may succeed, so it is neither the user's nor the row's fault."""
 
-    def no_descriptors(uri: str) -> pq.ParquetFile:
+    def no_descriptors(*arguments: Any) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    no_descriptors.cache_clear = lambda: None  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(stream, "_open_shard", no_descriptors)
+    monkeypatch.setattr(storage.os, "pread", no_descriptors)
     with pytest.raises(OSError, match=rf"Cannot read image {intact.image_ids[3]}, row 3 of .*Too many open files"):
         augmented(intact.take(np.array([3])), np.arange(1), "skip")
 
@@ -170,9 +159,8 @@ def test_stop_names_the_row(samples: PackedSet) -> None:
     )
     with pytest.raises(UserError, match=message):
         augmented(samples, np.arange(10))
-    resize = stream._LoadAndResize(samples.shards, 40, 60, 0)
     with pytest.raises(UserError, match=rf"^Row {row} of {shard} is damaged: .* prepare_data.py again\.$"):
-        resize(stream._rows_to_read(samples.image_ids, samples.shard, samples.row))
+        resized(samples)
 
 
 def test_skip_trains_on_the_next_image(intact: PackedSet, samples: PackedSet) -> None:
@@ -219,7 +207,7 @@ def test_a_truncated_shard_is_skipped(samples: PackedSet, length: int) -> None:
     (position,) = (p for p in range(NUM_IMAGES) if index_at(p) == 3)
     (row,) = augmented(samples, np.array([position]), "skip")
     assert row["image_id"] == samples.image_ids[16]
-    assert "cannot be used: Parquet" in row["skipped"]
+    assert "is damaged: " in row["skipped"]
 
 
 def test_skipping_ends_where_nothing_can_be_read(samples: PackedSet) -> None:
@@ -232,24 +220,26 @@ def test_skipping_ends_where_nothing_can_be_read(samples: PackedSet) -> None:
 @pytest.mark.parametrize("size", [(4, 4), (56, 84)])
 def test_an_index_map_that_does_not_fit_is_named(samples: PackedSet, size: tuple[int, int]) -> None:
     """With the right hash, as a foreign program may write it."""
-    index = index_at(0)
-    file = samples.shards[samples.shard[index]]
-    rows = pq.read_table(file).to_pylist()
-    row = rows[samples.row[index]]
-    row["index_map"] = compress_index_map(np.zeros(size, np.uint16), len(row["classes"]))
+    entries = samples.index.to_pylist()
+    entry = entries[index_at(0)]
+    plane = compress_index_map(np.zeros(size, np.uint16), len(entry["classes"]))
+    file = Path(samples.shards[entry["shard"]])
+    start, end = (entry["index_map"][key] for key in ("offset", "bytes"))
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + plane + content[start + end :])
+    entry["index_map"] = {"offset": start, "bytes": len(plane), "sha256": hashlib.sha256(plane).digest()}
     if size != (4, 4):  # the JSON agrees with the index map, and the image does not
-        row["height"], row["width"] = size
-    row["sha256"] = row_hash(row)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PACKED), file, row_group_size=1)
+        entry["height"], entry["width"] = size
+    foreign = replace(samples, index=pa.Table.from_pylist(entries, schema=INDEX))
     with pytest.raises(UserError, match=r"^Row \d+ of .*, image \d+, cannot be used: its (index map|image)"):
-        augmented(samples, np.arange(1))
+        augmented(foreign, np.arange(1))
 
 
 def test_replacements_come_from_several_shards() -> None:
     shard = np.repeat(np.arange(5), 6)
-    assert stream._following(shard, 3) == [4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19]
-    assert stream._following(np.zeros(3, int), 1) == [2, 0]
-    assert stream._following(np.zeros(1, int), 0) == []
+    assert following(shard, 3) == [4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19]
+    assert following(np.zeros(3, int), 1) == [2, 0]
+    assert following(np.zeros(1, int), 0) == []
 
 
 # ---- S3
@@ -282,7 +272,7 @@ def test_a_read_waits_for_s3(remote: PackedSet, intact: PackedSet, faulty_s3: Fa
 
 def test_an_object_that_was_deleted_is_skipped(remote: PackedSet) -> None:
     """The open file says so in other words than a new one."""
-    read(remote, 16)
+    read(remote, 17)
     storage.locate(remote.shards[1]).delete()
     (position,) = (p for p in range(NUM_IMAGES) if index_at(p) == 17)
     (row,) = augmented(remote, np.array([position]), "skip", patience=60)

@@ -67,7 +67,6 @@ def test_a_set_without_things_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pack_with_a_negative_image_id_is_refused(tmp_path: Path) -> None:
-    """As older versions packed it."""
     write_coco_folder(tmp_path / "coco")
     opened(tmp_path)
     folder = tmp_path / "packed"
@@ -77,7 +76,7 @@ def test_a_pack_with_a_negative_image_id_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["index"]["sha256"] = sha256((folder / INDEX_FILE).read_bytes())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"The pack {folder} has the image id -7, but ids must not be negative\."):
+    with pytest.raises(UserError, match=rf"{folder / INDEX_FILE} has the image id -7, but ids must not be negative\."):
         open_pack(str(folder))
 
 

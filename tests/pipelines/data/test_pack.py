@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from pipelines.data.coco import CocoLayout
 from pipelines.data.manifest import read_index, read_manifest
 from pipelines.data.pack import PackConfig, PackReport, pack
 from pipelines.data.pixels import decode_panoptic, decompress_index_map, index_map
-from pipelines.data.schema import PACKED, require, row_hash
+from pipelines.data.schema import FILES as ROW_FILES
+from pipelines.data.schema import INDEX, PACKED, require
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate, sha256
 from tests.pipelines.data.coco_folder import OTHER_THING, SPLIT, THING, edit_json, json_file, write_coco_folder
@@ -61,10 +63,29 @@ def test_shards_hold_the_files_as_they_are(tmp_path, output):
         assert row["classes"] == classes.tolist()
         size = (row["height"], row["width"])
         np.testing.assert_array_equal(decompress_index_map(row["index_map"], size, len(classes)), plane)
-        assert row["sha256"] == row_hash(row)
         assert (row["height"], row["width"]) == sizes[row["image_id"]]
         keys = ("id", "category_id", "iscrowd")
         assert row["segments"] == [{key: segment[key] for key in keys} for segment in annotation["segments_info"]]
+
+
+def test_the_index_says_all_but_the_files_and_where_they_are(folder, output):
+    packed(folder, output)
+    index = pq.read_table(output / "index.parquet")
+    require(index, INDEX, "index")
+    rows = [row for shard in sorted(output.glob("shard-*")) for row in pq.read_table(shard).to_pylist()]
+    contents = [shard.read_bytes() for shard in sorted(output.glob("shard-*"))]
+    for entry, row in zip(index.to_pylist(), rows, strict=True):
+        assert {name: entry[name] for name in PACKED.names if name not in ROW_FILES} == {
+            name: value for name, value in row.items() if name not in ROW_FILES
+        }
+        assert (entry["num_things"], entry["num_segments"]) == (2, 5)
+        for name in ROW_FILES:
+            start, length = entry[name]["offset"], entry[name]["bytes"]
+            assert contents[entry["shard"]][start : start + length] == row[name]
+            assert entry[name]["sha256"] == hashlib.sha256(row[name]).digest()
+        # Evaluation and training each read two files in one piece.
+        order = [entry[name]["offset"] for name in ROW_FILES]
+        assert order == sorted(order)
 
 
 def test_one_row_group_holds_one_row_and_no_copy_of_the_bytes(folder, output):
@@ -245,9 +266,9 @@ def test_other_folders_are_not_packs(folder, output):
     packed(folder, output)
     manifest = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(UserError, match="has version 99, and this program reads version 2; pack the data set again"):
+    with pytest.raises(UserError, match="has version 99, and this program reads version 3; pack the data set again"):
         read_manifest(location)
-    for text in ("{", "[]", json.dumps({"version": 2})):
+    for text in ("{", "[]", json.dumps({"version": 3})):
         (output / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"is not a manifest of prepare_data\.py"):
             read_manifest(location)

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,6 @@ import ray
 import torch
 from ray.data import ExecutionResources
 from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
-from ray.data._internal.stats import get_or_create_stats_actor
 from ray.exceptions import RayError
 
 from maskformer.preprocess import resize_image, resized_shape
@@ -28,6 +28,7 @@ from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import permutation
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.stream import original_errors, resized_images, training_batches
+from pipelines.data.tasks import LoadAndAugment
 from pipelines.errors import StorageUnavailableError, UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -41,7 +42,14 @@ def samples(packs: dict[str, str]) -> PackedSet:
 
 
 def batches(samples: PackedSet, positions: np.ndarray, **changes: Any) -> Generator[PanopticBatch]:
-    settings: dict[str, Any] = {"micro_batch": 2, "samples_per_task": 4, "cpus": 1.0, "prefetch": 2, **changes}
+    settings: dict[str, Any] = {
+        "micro_batch": 2,
+        "samples_per_task": 4,
+        "cpus": 1.0,
+        "prefetch": 2,
+        "object_store": 10**9,
+        **changes,
+    }
     return training_batches(samples, positions, seed=SEED, augmentation=AUGMENT, **settings)
 
 
@@ -50,44 +58,37 @@ def packed_rows(samples: PackedSet) -> dict[int, dict[str, Any]]:
     return {row["image_id"]: row for shard in samples.shards for row in pq.read_table(shard).to_pylist()}
 
 
-def witnessed(
-    make_operator: Callable[..., Callable[[pa.Table], pa.Table]], notes: Path, late: int
-) -> Callable[..., Callable[[pa.Table], pa.Table]]:
-    """Make every task write down its process, and the one from position `late` end after the two tasks behind it.
+class Witnessed(LoadAndAugment):
+    """Makes every task write down its process, and the one from position `late` end after the two tasks behind it.
 
     It has one of two slots, so the second of those tasks starts only after the first has returned.
     """
 
-    def make(*args: Any) -> Callable[[pa.Table], pa.Table]:
-        operator = make_operator(*args)
+    notes: ClassVar[Path]
+    late: ClassVar[int]
 
-        def operate(samples: pa.Table) -> pa.Table:
-            table, positions = operator(samples), samples["position"].to_pylist()
-            deadline = time.monotonic() + 60
-            last_behind = notes / str(positions[0] + 2 * len(positions))
-            while positions[0] == late and not last_behind.exists():
-                assert time.monotonic() < deadline, "the tasks did not run in parallel"
-                time.sleep(0.01)
-            (notes / str(positions[0])).write_text(str(os.getpid()))
-            return table
-
-        return operate
-
-    return make
+    def __call__(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> pa.Table:
+        table, first = super().__call__(positions, epochs, indices), int(positions[0])
+        deadline = time.monotonic() + 60
+        last_behind = self.notes / str(first + 2 * len(positions))
+        while first == self.late and not last_behind.exists():
+            assert time.monotonic() < deadline, "the tasks did not run in parallel"
+            time.sleep(0.01)
+        (self.notes / str(first)).write_text(str(os.getpid()))
+        return table
 
 
 def test_the_order_does_not_depend_on_the_duration_of_tasks(
     samples: PackedSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From the middle of an epoch into the next: three executions, and a task that ends after two later ones."""
-    monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 3)
-    monkeypatch.setattr(stream, "_LoadAndAugment", witnessed(stream._LoadAndAugment, tmp_path, late=74))
+    """From the middle of an epoch into the next, with a task that ends after two later ones."""
+    witness = type("Witness", (Witnessed,), {"notes": tmp_path, "late": 74})
+    monkeypatch.setattr(stream, "LoadAndAugment", witness)
     # Ray Data uses what others did not request, and requests of a killed run count for three more minutes.
     total = ExecutionResources.from_resource_dict({**ray.cluster_resources()})
     monkeypatch.setattr(RateBasedClusterAutoscaler, "get_total_resources", lambda self: total)
-    apply = stream._apply
     # Two parallel tasks in half a CPU, whatever else runs in the shared session.
-    monkeypatch.setattr(stream, "_apply", lambda operator, tables, cpus: apply(operator, tables, cpus / 2))
+    monkeypatch.setattr(stream, "_TASK_CPUS", 0.25)
     found = list(batches(samples, np.arange(70, 90), cpus=0.5))
 
     assert [batch.positions for batch in found] == [(p, p + 1) for p in range(70, 90, 2)]
@@ -190,29 +191,63 @@ def test_a_damaged_row_is_skipped(samples: PackedSet, damaged: tuple[PackedSet, 
 
 @pytest.mark.parametrize("kind", [UserError, StorageUnavailableError])
 def test_errors_of_tasks_keep_their_kind(kind: type[Exception]) -> None:
-    def fail(table: pa.Table) -> pa.Table:
+    def fail(number: int) -> pa.Table:
         raise kind("Cannot read it: the reason.") from UserError("The cause.")
 
-    dataset = stream._apply(fail, [pa.table({"a": [1]})], 0.5)
-    with pytest.raises(kind, match=r"^Cannot read it: the reason\.$"):
-        stream.blocks(dataset, 0.5, "failing")
+    with pytest.raises(kind, match=r"^Cannot read it: the reason\.$"), original_errors():
+        list(stream._stream(fail, range(1), 0.5, 10**9, "failing").iter_batches())
 
 
 def test_other_errors_of_tasks_stay_as_they_are() -> None:
-    def fail(table: pa.Table) -> pa.Table:
+    def fail(number: int) -> pa.Table:
         raise OSError("pipelines.errors.UserError: not this one")
 
-    with pytest.raises(RayError, match="not this one"):
-        stream.blocks(stream._apply(fail, [pa.table({"a": [1]})], 0.5), 0.5, "failing")
+    with pytest.raises(RayError, match="not this one"), original_errors():
+        list(stream._stream(fail, range(1), 0.5, 10**9, "failing").iter_batches())
 
 
-def test_a_stream_has_one_name_in_the_metrics_of_ray(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray keeps gauges for each name that it ever saw."""
+def test_a_task_whose_process_dies_is_repeated(
+    samples: PackedSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Dying(LoadAndAugment):
+        def __call__(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> pa.Table:
+            mark = tmp_path / str(positions[0])
+            if positions[0] == 8 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(positions, epochs, indices)
+
+    expected = list(batches(samples, np.arange(24)))
+    monkeypatch.setattr(stream, "LoadAndAugment", Dying)
+    found = list(batches(samples, np.arange(24)))
+    assert (tmp_path / "8").exists()
+    assert [batch.positions for batch in found] == [batch.positions for batch in expected]
+    for one, same in zip(found, expected, strict=True):
+        assert torch.equal(one.images, same.images)
+
+
+def test_a_long_stream_is_several_executions(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of at least an epoch, here of 20 tasks."""
     monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 1)
-    stats = get_or_create_stats_actor()
-    before = set(ray.get(stats.get_datasets.remote()))
-    assert len(list(batches(samples, np.arange(24)))) == 12  # six executions
-    assert len(set(ray.get(stats.get_datasets.remote())) - before) == 1
+    started: list[range] = []
+    execute = stream._stream
+    monkeypatch.setattr(
+        stream, "_stream", lambda compute, tasks, *rest: (started.append(tasks), execute(compute, tasks, *rest))[1]
+    )
+    positions = np.arange(3, 3 + 2 * NUM_IMAGES + 4)
+    found = list(batches(samples, positions))
+    assert started == [range(0, 20), range(20, 40), range(40, 41)]
+    assert [p for batch in found for p in batch.positions] == positions.tolist()
+
+
+def test_a_stream_in_another_order_is_refused(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(LoadAndAugment):
+        def __call__(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> pa.Table:
+            return super().__call__(positions[::-1], epochs[::-1], indices[::-1])
+
+    monkeypatch.setattr(stream, "LoadAndAugment", Wrong)
+    with pytest.raises(RuntimeError, match=r"returned the positions \(3, 2\) instead of \[0, 1\]"):
+        list(batches(samples, np.arange(4)))
 
 
 def test_closing_early_ends_the_thread(samples: PackedSet) -> None:

@@ -248,6 +248,7 @@ def by_hand(config: TrainConfig, folder: Path) -> tuple[list[TrainingState], dic
         micro_batch=config.run.micro_batch,
         samples_per_task=config.data.samples_per_task,
         cpus=config.scaling.data_cpus,
+        object_store=10**9,
         prefetch=config.data.prefetch,
     )
     try:
