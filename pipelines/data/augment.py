@@ -82,7 +82,8 @@ def augmented_size(height: int, width: int, rng: np.random.Generator, config: Au
 
 def augment(sample: Sample, rng: np.random.Generator, config: AugmentConfig) -> Sample:
     """Return a randomly augmented version of `sample`."""
-    plan = draw_plan(*sample.index_map.shape, rng, config)
+    height, width = sample.index_map.shape
+    plan = draw_plan(height, width, rng, config)
     if plan.flipped:
         sample = flip(sample)
     if plan.crop:

@@ -44,7 +44,8 @@ def test_sizes_with_random_configurations() -> None:
             long_side=int(rng.integers(20, 90)),
             crop_long_side=[None, 70][int(rng.integers(2))],
         )
-        arguments = (rng.integers(0, 2**32, 50), *rng.integers(1, 100, (2, 50)), seed, 1, config)
+        heights, widths = rng.integers(1, 100, (2, 50))
+        arguments = (rng.integers(0, 2**32, 50), heights, widths, seed, 1, config)
         np.testing.assert_array_equal(augmented_sizes(*arguments), one_by_one(*arguments))
 
 
