@@ -201,7 +201,8 @@ def test_dealing_shortens_the_step(accumulation: int) -> None:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 2**64 - 1), st.data())
 def test_groups_are_pieces_of_the_sorted_samples(slots: list[int], key: int, data: st.DataObject) -> None:
     areas = data.draw(st.lists(st.integers(1, 20), min_size=sum(slots), max_size=sum(slots)))
-    parts = [part.tolist() for part in group(np.array(areas), np.array(slots), key)]
+    parts: list[list[int]] = [part.tolist() for part in group(np.array(areas), np.array(slots), key)]
     assert [len(part) for part in parts] == slots
     ordered = sorted(range(len(areas)), key=lambda sample: (areas[sample], sample))
-    assert list(chain.from_iterable(sorted(parts, key=lambda part: ordered.index(part[0])))) == ordered
+    parts.sort(key=lambda part: ordered.index(part[0]))
+    assert list(chain.from_iterable(parts)) == ordered
