@@ -30,14 +30,67 @@ def sample_rng(seed: int, epoch: int, image_id: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, image_id])
 
 
+class Crop(NamedTuple):
+    """A resize and a crop."""
+
+    shape: tuple[int, int]
+    """Height and width to resize the image to before the crop."""
+    window: tuple[slice, slice]
+    """Rows and columns to keep."""
+
+
+class Plan(NamedTuple):
+    """What the random numbers of an augmentation decide, in the order in which it is done."""
+
+    flipped: bool
+    crop: Crop | None
+    shape: tuple[int, int]
+    """Height and width in the end."""
+
+
+def draw_plan(height: int, width: int, rng: np.random.Generator, config: AugmentConfig) -> Plan:
+    """Draw the augmentation of an image of this height and width."""
+    crop = None
+    flipped = rng.random() < config.flip_probability
+    if rng.random() < config.crop_probability:
+        short_side = config.crop_short_sides[int(rng.integers(len(config.crop_short_sides)))]
+        shape = resized_shape(height, width, short_side, config.crop_long_side)
+        crop = Crop(shape, draw_window(*shape, rng, config.crop_size))
+        height, width = (side.stop - side.start for side in crop.window)
+    short_side = config.short_sides[int(rng.integers(len(config.short_sides)))]
+    return Plan(flipped, crop, resized_shape(height, width, short_side, config.long_side))
+
+
+def draw_window(height: int, width: int, rng: np.random.Generator, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Draw a rectangle of an image of this height and width, as slices of rows and of columns.
+
+    Args:
+        size: smallest and largest side in pixels. Height and width are drawn independently, and are limited by the
+            image.
+    """
+    crop_height = int(rng.integers(min(height, size[0]), min(height, size[1]), endpoint=True))
+    crop_width = int(rng.integers(min(width, size[0]), min(width, size[1]), endpoint=True))
+    top = int(rng.integers(0, height - crop_height, endpoint=True))
+    left = int(rng.integers(0, width - crop_width, endpoint=True))
+    return slice(top, top + crop_height), slice(left, left + crop_width)
+
+
+def augmented_size(height: int, width: int, rng: np.random.Generator, config: AugmentConfig) -> tuple[int, int]:
+    """Return the height and width that `augment` gives an image of this height and width."""
+    return draw_plan(height, width, rng, config).shape
+
+
 def augment(sample: Sample, rng: np.random.Generator, config: AugmentConfig) -> Sample:
     """Return a randomly augmented version of `sample`."""
-    if rng.random() < config.flip_probability:
+    height, width = sample.index_map.shape
+    plan = draw_plan(height, width, rng, config)
+    if plan.flipped:
         sample = flip(sample)
-    if rng.random() < config.crop_probability:
-        sample = resize(sample, int(rng.choice(config.crop_short_sides)), config.crop_long_side, config.interpolation)
-        sample = random_crop(sample, rng, config.crop_size)
-    sample = resize(sample, int(rng.choice(config.short_sides)), config.long_side, config.interpolation)
+    if plan.crop:
+        sample = resize(sample, plan.crop.shape, config.interpolation)
+        window = plan.crop.window
+        sample = sample._replace(image=sample.image[window], index_map=sample.index_map[window])
+    sample = resize(sample, plan.shape, config.interpolation)
     return sample if config.keep_empty else drop_empty(sample)
 
 
@@ -46,26 +99,8 @@ def flip(sample: Sample) -> Sample:
     return sample._replace(image=sample.image[:, ::-1], index_map=sample.index_map[:, ::-1])
 
 
-def random_crop(sample: Sample, rng: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """Crop a random rectangle.
-
-    Args:
-        size: smallest and largest side in pixels. Height and width are drawn independently, and are limited by the
-            image.
-    """
-    height, width = sample.index_map.shape
-    crop_height = int(rng.integers(min(height, size[0]), min(height, size[1]), endpoint=True))
-    crop_width = int(rng.integers(min(width, size[0]), min(width, size[1]), endpoint=True))
-    top = int(rng.integers(0, height - crop_height, endpoint=True))
-    left = int(rng.integers(0, width - crop_width, endpoint=True))
-    window = np.s_[top : top + crop_height, left : left + crop_width]
-    return sample._replace(image=sample.image[window], index_map=sample.index_map[window])
-
-
-def resize(sample: Sample, short_side: int, long_side: int | None, interpolation: str) -> Sample:
+def resize(sample: Sample, shape: tuple[int, int], interpolation: str) -> Sample:
     """Resize the image with bilinear and the index map with nearest-neighbor interpolation."""
-    height, width = sample.index_map.shape
-    shape = resized_shape(height, width, short_side, long_side)
     image = resize_image(sample.image, shape, antialias=interpolation == "bilinear-antialias")
     return sample._replace(image=image, index_map=resize_nearest(sample.index_map, shape))
 

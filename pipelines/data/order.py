@@ -102,6 +102,49 @@ class BatchSplit:
         return f"{self.global_batch} = {self.workers} workers x {self.micro_batch} images x {self.accumulation}"
 
 
+def deal(costs: np.ndarray, workers: int) -> np.ndarray:
+    """Deal the micro-batches of each step to the workers, so that their sums of costs are about equal.
+
+    The W largest go to one worker each; of the next W, the largest goes to the worker with the smallest sum so far, and
+    so on. Ties are broken by the number of the micro-batch, then by the rank.
+
+    Args:
+        costs: [S, M] of the M micro-batches of S steps.
+
+    Returns:
+        [S, A, W] the numbers of the micro-batches, A for each worker, its largest last: in that turn all workers have
+        large ones, behind whose backward passes most of the exchange of gradients fits.
+    """
+    turns = np.argsort(-costs, axis=1, kind="stable").reshape(len(costs), -1, workers)
+    sums = np.zeros((len(costs), workers), costs.dtype)
+    dealt = np.empty_like(turns)
+    for turn in range(turns.shape[1]):
+        ranks = np.argsort(sums, axis=1, kind="stable")
+        np.put_along_axis(dealt[:, turn], ranks, turns[:, turn], axis=1)
+        sums += np.take_along_axis(costs, dealt[:, turn], axis=1)
+    return dealt[:, ::-1]
+
+
+def group(areas: np.ndarray, slots: np.ndarray, key: int) -> list[np.ndarray]:
+    """Divide samples among the steps of a window, so that those of a step have about the same area.
+
+    Samples in ascending order of their areas (ties in the order given) are cut into the steps, which take their part in
+    an order that is shuffled by a hash.
+
+    Args:
+        areas: [n].
+        slots: [S] number of samples of each step; n in total.
+        key: of the hash.
+
+    Returns:
+        For each step the indices of its samples, in ascending order of area.
+    """
+    keys = _mix(np.arange(len(slots), dtype=np.uint64) ^ _mix(np.array([key], np.uint64)))
+    shuffled = np.argsort(keys, kind="stable")
+    parts = np.split(np.argsort(areas, kind="stable"), np.cumsum(slots[shuffled])[:-1])
+    return [parts[place] for place in np.argsort(shuffled)]
+
+
 def total_steps(epochs: float, num_samples: int, global_batch: int) -> int:
     """Return the number of steps that use each sample `epochs` times; the last step may extend into the next epoch."""
     return ceil(epochs * num_samples / global_batch)

@@ -6,11 +6,8 @@ jobs/bench/scaling.py measures the overheads on this machine and prints the mode
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +17,7 @@ from maskformer.preprocess import resized_shape
 from pipelines.config.hardware import COCO_MASKS, IMAGES_PER_CPU, Hardware
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
 from pipelines.config.train import TrainConfig
-from pipelines.data.augment import Sample, augment, sample_rng
-from pipelines.data.augment_config import AugmentConfig
+from pipelines.planning.balance import step_pixels
 from pipelines.planning.estimate import GB, GPU_TFLOPS, image_sizes, make_plan, planned_capacity
 from pipelines.planning.memory import multiply_adds
 
@@ -30,7 +26,6 @@ Rows = list[Sequence[str]]
 OPERATOR = (5e-6, 10e-6)  # seconds of host time per operator, best and worst case
 COPY = 5.0  # GB/s from a GPU to pageable memory, for the copy of a checkpoint
 SCORE = 0.3  # seconds to post-process and score one image of the quick PQ, without the network
-DRAWS = 400  # random augmentations of an image
 POLL = 2.0  # seconds between two polls of Ray Train's controller for a report
 
 OVERHEADS = {
@@ -56,15 +51,16 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
     """
     n, quick, every = config.scaling.max_workers, config.evaluation, config.checkpoint.every
     loop, agree, report, start, task = (overheads[key] / 1000 for key in ("loop", "agree", "report", "start", "task"))
-    typical, areas = image_sizes(config.data.augment)[1], drawn_areas(config.data.augment)
-    average, largest = mean(areas) / math.prod(typical), expected_largest(areas, n) / math.prod(typical)
+    typical = image_sizes(config.data.augment)[1]
+    pixels = step_pixels(config.batch_split, config.data.augment, dealt=not config.scaling.exact, window=0)
+    average, largest = (count / math.prod(typical) for count in pixels)
     worst, best = hardware.tflops or GPU_TFLOPS
     per_task = config.data.samples_per_task
     plan = make_plan(
         config,
         replace(
             hardware, tflops=(worst / largest, best / largest)
-        ),  # the largest image determines the duration of a step
+        ),  # the worker with the most pixels determines the duration of a step
         planned_capacity(hardware, config.scaling),
         images=COCO_TRAIN_IMAGES,
         masks=COCO_MASKS,
@@ -124,8 +120,9 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
         ("assumed", f"a GPU sustains {best:g} TFLOP/s at best, {worst:g} at worst (--cluster.tflops)"),
         ("assumed", f"{hardware.network:g} GB/s between nodes: {plan.network_bytes / GB:.2f} GB of gradients in "
             f"{1000 * plan.network_seconds:.0f} ms, at best during the backward pass, at worst after it"),
-        ("assumed", f"images of 480x640; over {DRAWS} random augmentations the mean area is {average:.2f} of that in "
-            f"plan.py, the largest of {n} is {largest:.2f}; time is proportional to area, with no other stragglers"),
+        ("assumed", f"images of sizes like COCO's; after the augmentation the mean area is {average:.2f} of that in "
+            f"plan.py, an image of the worker with the most pixels in a step {largest:.2f}; time is proportional to "
+            f"area, with no other stragglers"),
         ("assumed", f"{1e6 * OPERATOR[0]:.0f} to {1e6 * OPERATOR[1]:.0f} us of host time for each of {forward:,} "
             f"operators (counted), and twice that backward: {1000 * launch[0]:.0f} to {1000 * launch[1]:.0f} ms"),
         ("assumed", f"a checkpoint of {plan.state.checkpoint / GB:.2f} GB is copied from the GPU at {COPY:g} GB/s; its "
@@ -145,19 +142,6 @@ def _less(values: Sequence[float], others: Sequence[float]) -> list[float]:
 def samples_per_task(task: float, share: float = 0.05) -> int:
     """Return the images per task for which an overhead of `task` seconds is at most `share` of the task's time."""
     return math.ceil(task * IMAGES_PER_CPU * (1 - share) / share)
-
-
-@lru_cache
-def drawn_areas(config: AugmentConfig) -> list[int]:
-    """Return the number of pixels of a 480x640 image, like most of COCO, after each of DRAWS random augmentations."""
-    sample = Sample(np.zeros((480, 640, 3), np.uint8), np.ones((480, 640), np.uint16), np.zeros(1, np.int16))
-    return [augment(sample, sample_rng(0, 0, draw), config).index_map.size for draw in range(DRAWS)]
-
-
-def expected_largest(values: Sequence[float], draws: int) -> float:
-    """Return the expected maximum of `draws` independent draws from `values`."""
-    ordered, below = np.sort(values), np.arange(len(values) + 1) / len(values)
-    return float(ordered @ np.diff(below**draws))
 
 
 def operators(config: ModelConfig, size: tuple[int, int]) -> int:

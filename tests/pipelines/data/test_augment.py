@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from maskformer.preprocess import resized_shape
 from pipelines.data.augment import (
     Sample,
     augment,
+    augmented_size,
+    draw_window,
     drop_empty,
     flip,
-    random_crop,
     resize,
     resize_nearest,
     sample_rng,
@@ -63,6 +65,35 @@ def test_sample_depends_on_seed_epoch_and_image_alone() -> None:
     assert len({draw(0, 1, 2), draw(1, 1, 2), draw(0, 2, 2), draw(0, 1, 3)}) == 4
 
 
+def test_the_size_is_known_without_pixels() -> None:
+    rng = np.random.default_rng(0)
+    for image_id in range(150):
+        smallest, largest = np.sort(rng.integers(2, 60, 2)).tolist()
+        config = AugmentConfig(
+            flip_probability=rng.random(),
+            crop_probability=rng.random(),
+            short_sides=tuple(rng.integers(2, 60, rng.integers(1, 4)).tolist()),
+            crop_short_sides=tuple(rng.integers(2, 60, rng.integers(1, 4)).tolist()),
+            crop_size=(smallest, largest),
+            long_side=int(rng.integers(20, 90)),
+            crop_long_side=[None, 70][int(rng.integers(2))],
+            keep_empty=bool(rng.integers(2)),
+        )
+        height, width = rng.integers(2, 100, 2).tolist()
+        sample = augment(quarters(height, width), sample_rng(7, 3, image_id), config)
+        assert augmented_size(height, width, sample_rng(7, 3, image_id), config) == sample.index_map.shape
+
+
+def test_choosing_from_a_tuple_draws_an_integer() -> None:
+    """Sizes were once drawn by `Generator.choice`, and runs from that time must be able to resume."""
+    for length in (1, 2, 3, 5, 11, 100):
+        values = tuple(range(480, 480 + 32 * length, 32))
+        one, other = sample_rng(0, 0, length), sample_rng(0, 0, length)
+        for _ in range(200):
+            assert one.choice(values) == values[int(other.integers(length))]
+            assert one.random() == other.random()
+
+
 def test_flip_twice_is_the_identity() -> None:
     sample = quarters()
     twice = flip(flip(sample))
@@ -73,17 +104,19 @@ def test_flip_twice_is_the_identity() -> None:
 
 def test_crop_sides_cover_their_range() -> None:
     rng = np.random.default_rng(0)
-    shapes = np.array([random_crop(quarters(), rng, (20, 24)).index_map.shape for _ in range(300)])
+    windows = [draw_window(60, 80, rng, (20, 24)) for _ in range(300)]
+    shapes = np.array([[side.stop - side.start for side in window] for window in windows])
     assert {tuple(np.unique(side)) for side in shapes.T} == {(20, 21, 22, 23, 24)}
     assert len(set(map(tuple, shapes.tolist()))) > 20  # height and width are drawn independently
-    small = random_crop(quarters(10, 30), rng, (20, 24)).index_map.shape
-    assert small[0] == 10
+    assert {window[0].start for window in windows} <= set(range(41))
+    assert {window[1].stop for window in windows} <= set(range(20, 81))
+    assert draw_window(10, 30, rng, (20, 24))[0] == slice(0, 10)
 
 
 def test_resize_keeps_the_nearest_pixel_by_index() -> None:
     index_map = np.arange(35, dtype=np.uint16).reshape(5, 7)
     sample = Sample(np.zeros((5, 7, 3), np.uint8), index_map, np.arange(34, dtype=np.int16))
-    result = resize(sample, 13, None, "bilinear").index_map
+    result = resize(sample, resized_shape(5, 7, 13, None), "bilinear").index_map
     height, width = result.shape
     assert (height, width) == (13, int(7 * 13 / 5 + 0.5))
     for y in range(height):
@@ -96,8 +129,7 @@ def test_resize_keeps_the_nearest_pixel_by_index() -> None:
     [((480, 640), 800, 1333, (800, 1067)), ((427, 640), 800, 1333, (800, 1199)), ((200, 640), 800, 1333, (417, 1333))],
 )
 def test_resized_shape(size: tuple[int, int], short: int, long: int, expected: tuple[int, int]) -> None:
-    sample = Sample(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint16), CLASSES)
-    assert resize(sample, short, long, "bilinear").index_map.shape == expected
+    assert resized_shape(*size, short, long) == expected
 
 
 def test_published_policies() -> None:

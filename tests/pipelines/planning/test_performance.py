@@ -1,35 +1,18 @@
 """The arithmetic of the performance model; nothing is measured here."""
 
-import itertools
 import re
-import statistics
 from dataclasses import replace
 
 import pytest
 
 from pipelines.config.hardware import IMAGES_PER_CPU, Hardware
 from pipelines.config.recipes import DEMO, R50_MMDET
-from pipelines.data.augment_config import AugmentConfig
 from pipelines.planning.performance import (
     OVERHEADS,
-    drawn_areas,
-    expected_largest,
     operators,
     samples_per_task,
     step_model,
 )
-
-
-@pytest.mark.parametrize("draws", [1, 2, 4])
-def test_the_expected_maximum_is_the_mean_over_all_outcomes(draws: int) -> None:
-    values = [3.0, 1.0, 7.0, 7.0, 2.0]
-    outcomes = [max(outcome) for outcome in itertools.product(values, repeat=draws)]
-    assert expected_largest(values, draws) == pytest.approx(statistics.mean(outcomes))
-
-
-def test_areas_are_those_of_the_augmentation() -> None:
-    config = AugmentConfig(short_sides=(48, 96), long_side=1333, crop_probability=0)
-    assert set(drawn_areas(config)) == {48 * 64, 96 * 128}
 
 
 @pytest.mark.parametrize("task", [0.001, 0.03, 0.2])
