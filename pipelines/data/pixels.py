@@ -151,7 +151,7 @@ def _decode_jpeg(content: bytes) -> npt.NDArray[np.uint8] | None:
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
         # Pillow warns of larger images, and refuses much larger ones.
-        if colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+        if colors in ("YCbCr", "Gray") and int(height) * int(width) <= (Image.MAX_IMAGE_PIXELS or 0):
             return simplejpeg.decode_jpeg(content)
     except ValueError:  # also for what the decoder could recover from; what to do about it is up to Pillow
         pass
