@@ -9,6 +9,7 @@ depends only on (seed, epoch, image id), so any sample of any run can be reprodu
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from maskformer.preprocess import resize_image, resized_shape
 from pipelines.data.augment_config import AugmentConfig
@@ -84,40 +85,53 @@ def augment(sample: Sample, rng: np.random.Generator, config: AugmentConfig) -> 
     """Return a randomly augmented version of `sample`."""
     height, width = sample.index_map.shape
     plan = draw_plan(height, width, rng, config)
+    image = transform_image(sample.image, plan, antialias=config.interpolation == "bilinear-antialias")
+    index_map, classes = transform_map(sample.index_map, sample.classes, plan, config.keep_empty)
+    return Sample(image, index_map, classes)
+
+
+def transform_image(image: np.ndarray, plan: Plan, antialias: bool) -> np.ndarray:
+    """Flip, crop and resize an image [H, W, 3] as planned, with bilinear interpolation."""
     if plan.flipped:
-        sample = flip(sample)
+        image = torch.as_tensor(np.ascontiguousarray(image)).flip(1).numpy()  # numpy takes several times as long
     if plan.crop:
-        sample = resize(sample, plan.crop.shape, config.interpolation)
-        window = plan.crop.window
-        sample = sample._replace(image=sample.image[window], index_map=sample.index_map[window])
-    sample = resize(sample, plan.shape, config.interpolation)
-    return sample if config.keep_empty else drop_empty(sample)
+        image = resize_image(image, plan.crop.shape, antialias)[plan.crop.window]
+    return resize_image(image, plan.shape, antialias)
 
 
-def flip(sample: Sample) -> Sample:
-    """Flip the image and the index map horizontally."""
-    return sample._replace(image=sample.image[:, ::-1], index_map=sample.index_map[:, ::-1])
+def transform_map(
+    index_map: np.ndarray, classes: np.ndarray, plan: Plan, keep_empty: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flip, crop and resize an index map [H, W] as planned, with nearest-neighbor interpolation.
+
+    Returns:
+        The index map, and the classes of its segments, without segments that have no pixels unless `keep_empty`.
+    """
+    # All steps select rows and columns, so only their indices go through the steps.
+    rows, columns = (np.arange(size) for size in index_map.shape)
+    if plan.flipped:
+        columns = columns[::-1]
+    if plan.crop:
+        (height, width), (vertical, horizontal) = plan.crop
+        rows, columns = resize_nearest(rows, height)[vertical], resize_nearest(columns, width)[horizontal]
+    rows, columns = resize_nearest(rows, plan.shape[0]), resize_nearest(columns, plan.shape[1])
+    # Each row that is used is worked on once and repeated in the end, since copies of rows are cheap.
+    used, rows = np.unique(rows, return_inverse=True)
+    index_map = index_map[used].take(columns, axis=1)
+    if not keep_empty:
+        index_map, classes = drop_empty(index_map, classes)
+    return index_map.take(rows, axis=0), classes
 
 
-def resize(sample: Sample, shape: tuple[int, int], interpolation: str) -> Sample:
-    """Resize the image with bilinear and the index map with nearest-neighbor interpolation."""
-    image = resize_image(sample.image, shape, antialias=interpolation == "bilinear-antialias")
-    return sample._replace(image=image, index_map=resize_nearest(sample.index_map, shape))
+def resize_nearest(line: np.ndarray, length: int) -> np.ndarray:
+    """Resize an array [L] to [length] by nearest neighbor, choosing the elements that torch chooses."""
+    scale = np.float32(len(line)) / np.float32(length)
+    return line[np.minimum((np.arange(length, dtype=np.float32) * scale).astype(np.intp), len(line) - 1)]
 
 
-def resize_nearest(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize a map [H, W] by nearest neighbor, like torch, which has no kernel for uint16 and is slower."""
-    rows, columns = (
-        np.minimum((np.arange(to, dtype=np.float32) * (np.float32(size) / np.float32(to))).astype(np.intp), size - 1)
-        for size, to in zip(plane.shape, shape, strict=True)
-    )
-    # Columns first, of as few rows as there are: copying whole rows is much faster.
-    return plane.take(columns, axis=1).take(rows, axis=0)
-
-
-def drop_empty(sample: Sample) -> Sample:
+def drop_empty(index_map: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Drop segments without pixels and renumber the others in the same order."""
-    index_map, count = sample.index_map, len(sample.classes)
+    count = len(classes)
     if index_map.dtype == np.uint8:
         # Searching and translating bytes is ten times as fast as counting and indexing.
         content = index_map.tobytes()
@@ -126,11 +140,11 @@ def drop_empty(sample: Sample) -> Sample:
         content = None
         kept = np.bincount(index_map.ravel(), minlength=count + 1)[1:] > 0
     if kept.all():
-        return sample
+        return index_map, classes
     renumber = np.zeros(256 if content is not None else count + 1, index_map.dtype)
     renumber[1 : count + 1] = np.where(kept, np.cumsum(kept), 0)
     if content is not None:
         index_map = np.frombuffer(content.translate(renumber.tobytes()), np.uint8).reshape(index_map.shape)
     else:
         index_map = renumber[index_map]
-    return sample._replace(index_map=index_map, classes=sample.classes[kept])
+    return index_map, classes[kept]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from maskformer.coco_format import decode_ids
@@ -31,7 +32,10 @@ def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: the bytes are not a complete image.
     """
-    return np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
+    pixels = _decode_jpeg(content)
+    if pixels is None:
+        pixels = np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
+    return pixels
 
 
 def decode_panoptic(content: bytes | memoryview) -> npt.NDArray[np.int32]:
@@ -138,6 +142,20 @@ def pixel_runs(
     values, run_of_value = np.unique(ids.ravel()[start], return_inverse=True)
     y, x = np.divmod(start, width)
     return values, run_of_value, Runs(y, x, np.diff(start, append=ids.size))
+
+
+def _decode_jpeg(content: bytes | memoryview) -> npt.NDArray[np.uint8] | None:
+    """Decode a flawless JPEG of a common kind to the pixels that Pillow gives, faster; None for any other content."""
+    if bytes(content[:3]) != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        # Pillow warns of larger images, and refuses much larger ones.
+        if colors in ("YCbCr", "Gray") and int(height) * int(width) <= (Image.MAX_IMAGE_PIXELS or 0):
+            return simplejpeg.decode_jpeg(content)
+    except ValueError:  # also for what the decoder could recover from; what to do about it is up to Pillow
+        pass
+    return None
 
 
 def _open(content: bytes | memoryview) -> Image.Image:

@@ -9,15 +9,16 @@ from torch.nn import functional as F
 
 from maskformer.preprocess import resized_shape
 from pipelines.data.augment import (
+    Plan,
     Sample,
     augment,
     augmented_size,
+    draw_plan,
     draw_window,
     drop_empty,
-    flip,
-    resize,
     resize_nearest,
     sample_rng,
+    transform_map,
 )
 from pipelines.data.augment_config import AugmentConfig
 
@@ -33,6 +34,21 @@ def quarters(height: int = 60, width: int = 80) -> Sample:
     index_map[height // 2 :, : width // 2] = 2
     index_map[height // 2 :, width // 2 :] = 3
     return Sample(COLORS[index_map], index_map, CLASSES)
+
+
+def random_config(rng: np.random.Generator) -> AugmentConfig:
+    smallest, largest = np.sort(rng.integers(2, 60, 2)).tolist()
+    return AugmentConfig(
+        flip_probability=rng.random(),
+        crop_probability=rng.random(),
+        short_sides=tuple(rng.integers(2, 90, rng.integers(1, 4)).tolist()),
+        crop_short_sides=tuple(rng.integers(2, 90, rng.integers(1, 4)).tolist()),
+        crop_size=(smallest, largest),
+        long_side=int(rng.integers(20, 120)),
+        crop_long_side=[None, 70][int(rng.integers(2))],
+        interpolation="bilinear-antialias" if rng.random() < 0.5 else "bilinear",
+        keep_empty=bool(rng.integers(2)),
+    )
 
 
 def assert_image_and_map_agree(sample: Sample) -> None:
@@ -68,17 +84,7 @@ def test_sample_depends_on_seed_epoch_and_image_alone() -> None:
 def test_the_size_is_known_without_pixels() -> None:
     rng = np.random.default_rng(0)
     for image_id in range(150):
-        smallest, largest = np.sort(rng.integers(2, 60, 2)).tolist()
-        config = AugmentConfig(
-            flip_probability=rng.random(),
-            crop_probability=rng.random(),
-            short_sides=tuple(rng.integers(2, 60, rng.integers(1, 4)).tolist()),
-            crop_short_sides=tuple(rng.integers(2, 60, rng.integers(1, 4)).tolist()),
-            crop_size=(smallest, largest),
-            long_side=int(rng.integers(20, 90)),
-            crop_long_side=[None, 70][int(rng.integers(2))],
-            keep_empty=bool(rng.integers(2)),
-        )
+        config = random_config(rng)
         height, width = rng.integers(2, 100, 2).tolist()
         sample = augment(quarters(height, width), sample_rng(7, 3, image_id), config)
         assert augmented_size(height, width, sample_rng(7, 3, image_id), config) == sample.index_map.shape
@@ -94,12 +100,12 @@ def test_choosing_from_a_tuple_draws_an_integer() -> None:
             assert one.random() == other.random()
 
 
-def test_flip_twice_is_the_identity() -> None:
+def test_a_flip_mirrors_image_and_map() -> None:
     sample = quarters()
-    twice = flip(flip(sample))
-    assert (twice.image == sample.image).all()
-    assert (twice.index_map == sample.index_map).all()
-    assert (flip(sample).index_map[:, 0] == sample.index_map[:, -1]).all()
+    always = replace(SMALL, flip_probability=1.0, crop_probability=0.0, short_sides=(60,))
+    flipped = augment(sample, sample_rng(0, 0, 0), always)
+    np.testing.assert_array_equal(flipped.image, sample.image[:, ::-1])
+    np.testing.assert_array_equal(flipped.index_map, sample.index_map[:, ::-1])
 
 
 def test_crop_sides_cover_their_range() -> None:
@@ -115,13 +121,12 @@ def test_crop_sides_cover_their_range() -> None:
 
 def test_resize_keeps_the_nearest_pixel_by_index() -> None:
     index_map = np.arange(35, dtype=np.uint16).reshape(5, 7)
-    sample = Sample(np.zeros((5, 7, 3), np.uint8), index_map, np.arange(34, dtype=np.int16))
-    result = resize(sample, resized_shape(5, 7, 13, None), "bilinear").index_map
-    height, width = result.shape
-    assert (height, width) == (13, int(7 * 13 / 5 + 0.5))
-    for y in range(height):
-        for x in range(width):
-            assert result[y, x] == index_map[y * 5 // height, x * 7 // width]
+    plan = Plan(flipped=False, crop=None, shape=(13, 18))
+    result, _ = transform_map(index_map, np.arange(34, dtype=np.int16), plan, keep_empty=True)
+    assert result.shape == (13, 18)
+    for y in range(13):
+        for x in range(18):
+            assert result[y, x] == index_map[y * 5 // 13, x * 7 // 18]
 
 
 @pytest.mark.parametrize(
@@ -141,14 +146,12 @@ def test_published_policies() -> None:
 
 
 def test_segments_without_pixels_are_dropped() -> None:
-    sample = quarters()
-    top = sample._replace(image=sample.image[:30], index_map=sample.index_map[:30])
-    assert drop_empty(top).classes.tolist() == [5]
-    nothing = sample._replace(image=sample.image[:30, :40], index_map=sample.index_map[:30, :40])
-    assert drop_empty(nothing).classes.tolist() == []
-    bottom = drop_empty(sample._replace(image=sample.image[30:], index_map=sample.index_map[30:]))
-    assert bottom.classes.tolist() == [2, 9]
-    assert set(np.unique(bottom.index_map)) == {1, 2}
+    index_map = quarters().index_map
+    assert drop_empty(index_map[:30], CLASSES)[1].tolist() == [5]
+    assert drop_empty(index_map[:30, :40], CLASSES)[1].tolist() == []
+    bottom, classes = drop_empty(index_map[30:], CLASSES)
+    assert classes.tolist() == [2, 9]
+    assert set(np.unique(bottom)) == {1, 2}
 
 
 def test_segments_without_pixels_can_be_kept() -> None:
@@ -173,35 +176,69 @@ def test_segments_without_pixels_can_be_kept() -> None:
     assert lost > 0
 
 
-def slow_resize(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """torch's nearest neighbor, by way of float32, which represents every number exactly."""
-    return F.interpolate(torch.tensor(plane.astype(np.float32))[None, None], shape, mode="nearest")[0, 0].numpy()
+def slow_resize(sample: Sample, shape: tuple[int, int], interpolation: str) -> Sample:
+    """torch's resizes, of the map by way of float32, which represents every number exactly."""
+    image = F.interpolate(
+        torch.tensor(sample.image.copy()).permute(2, 0, 1)[None],
+        shape,
+        mode="bilinear",
+        align_corners=False,
+        antialias=interpolation == "bilinear-antialias",
+    )
+    plane = F.interpolate(torch.tensor(sample.index_map.astype(np.float32))[None, None], shape, mode="nearest")
+    index_map = plane[0, 0].numpy().astype(sample.index_map.dtype)
+    return sample._replace(image=image[0].permute(1, 2, 0).numpy(), index_map=index_map)
+
+
+def slow_drop(sample: Sample) -> Sample:
+    """Look at the pixels of one segment after the other."""
+    index_map, classes = np.zeros_like(sample.index_map), []
+    for number, class_index in enumerate(sample.classes, 1):
+        if (sample.index_map == number).any():
+            classes.append(class_index)
+            index_map[sample.index_map == number] = len(classes)
+    return sample._replace(index_map=index_map, classes=np.array(classes, np.int16))
+
+
+def slow_augment(sample: Sample, rng: np.random.Generator, config: AugmentConfig) -> Sample:
+    """Do each step of the plan with the whole image and the whole map."""
+    height, width = sample.index_map.shape
+    plan = draw_plan(height, width, rng, config)
+    if plan.flipped:
+        sample = sample._replace(image=sample.image[:, ::-1], index_map=sample.index_map[:, ::-1])
+    if plan.crop:
+        sample = slow_resize(sample, plan.crop.shape, config.interpolation)
+        window = plan.crop.window
+        sample = sample._replace(image=sample.image[window], index_map=sample.index_map[window])
+    sample = slow_resize(sample, plan.shape, config.interpolation)
+    return sample if config.keep_empty else slow_drop(sample)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_maps_are_resized_as_torch_does(dtype: type) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        size, shape = rng.integers(1, 200, (2, 2)).tolist()
-        plane = rng.integers(0, 200, size).astype(dtype)[:, :: rng.choice([-1, 1])]
-        resized = resize_nearest(plane, (shape[0], shape[1]))
-        assert resized.dtype == dtype
-        np.testing.assert_array_equal(resized, slow_resize(plane, (shape[0], shape[1])))
+def test_augmentation_equals_its_steps_one_by_one(dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    for image_id in range(120):
+        height, width = rng.integers(2, 120, 2).tolist()
+        count = int(rng.integers(0, 256))
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        few = rng.integers(0, count + 1, 9)  # of all numbers, so that segments are lost before and after
+        index_map = np.where(rng.random((height, width)) < 0.9, rng.choice(few), rng.choice(few, (height, width)))
+        sample = Sample(image, index_map.astype(dtype), rng.integers(0, 133, count).astype(np.int16))
+        config = random_config(rng)
+        found = augment(sample, sample_rng(1, 2, image_id), config)
+        expected = slow_augment(sample, sample_rng(1, 2, image_id), config)
+        assert (found.image.dtype, found.index_map.dtype, found.classes.dtype) == (np.uint8, dtype, np.int16)
+        np.testing.assert_array_equal(found.image, expected.image)
+        np.testing.assert_array_equal(found.index_map, expected.index_map)
+        np.testing.assert_array_equal(found.classes, expected.classes)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_empty_segments_are_dropped_by_counting(dtype: type) -> None:
-    rng = np.random.default_rng(1)
-    for count in (0, 1, 5, 60, 255):
-        plane = rng.choice(rng.integers(0, count + 1, 12), (30, 40)).astype(dtype)
-        sample = drop_empty(Sample(np.zeros((30, 40, 3), np.uint8), plane, np.arange(count, dtype=np.int16)))
-        present = [number for number in range(1, count + 1) if (plane == number).any()]
-        assert sample.classes.tolist() == [number - 1 for number in present]
-        assert sample.index_map.dtype == dtype
-        expected = np.zeros_like(plane)
-        for new, old in enumerate(present, 1):
-            expected[plane == old] = new
-        np.testing.assert_array_equal(sample.index_map, expected)
+def test_lines_are_resized_as_torch_does() -> None:
+    for size in range(1, 130, 3):
+        for length in range(1, 260, 7):
+            line = torch.arange(size, dtype=torch.float32)
+            expected = F.interpolate(line[None, None], length, mode="nearest")[0, 0].numpy()
+            np.testing.assert_array_equal(resize_nearest(np.arange(size), length), expected)
 
 
 def test_bytes_and_words_give_the_same_sample() -> None:

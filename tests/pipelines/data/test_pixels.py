@@ -7,6 +7,7 @@ from PIL import Image
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 from pipelines.data.pixels import (
+    _decode_jpeg,
     compress_index_map,
     decode_image,
     decode_panoptic,
@@ -61,6 +62,90 @@ def test_broken_files_are_refused():
     content[len(content) // 2] ^= 1
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_panoptic(bytes(content))
+
+
+def slow_decode(content: bytes) -> np.ndarray | None:
+    """Pillow's pixels; None if it refuses the file."""
+    try:
+        return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def random_jpeg(rng: np.random.Generator) -> bytes:
+    """Encode noise, smooth or not, of a random size, gray or in color, with random options."""
+    size = tuple(rng.integers(1, 70, 2).tolist())
+    gray = rng.random() < 0.2
+    image = Image.fromarray(rng.integers(0, 256, size if gray else (*size, 3), dtype=np.uint8))
+    if rng.random() < 0.5:
+        image = image.resize((2 * size[1], 2 * size[0]))
+    options = {} if gray else {"subsampling": int(rng.integers(3))}
+    if rng.random() < 0.3:
+        options["restart_marker_blocks"] = int(rng.integers(1, 9))
+    quality, progressive = int(rng.integers(1, 101)), bool(rng.random() < 0.3)
+    return encoded(image, "JPEG", quality=quality, progressive=progressive, **options)
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Cut the content, or change, remove or insert bytes, half of the time near the header."""
+    place = int(rng.integers(min(len(content), 700 if rng.random() < 0.5 else len(content))))
+    some = rng.bytes(int(rng.integers(1, 9)))
+    kinds = [
+        content[:place],
+        content[: -int(rng.integers(1, 12))],
+        content[:place] + some + content[place:],
+        content[:place] + some + content[place + len(some) :],
+        content[:place] + content[place + len(some) :],
+        content + some,
+    ]
+    return kinds[rng.integers(len(kinds))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_images_are_decoded_and_refused_as_by_pillow(seed):
+    rng = np.random.default_rng(seed)
+    refused = 0
+    for _ in range(60):
+        whole = random_jpeg(rng)
+        fast, slow = _decode_jpeg(whole), slow_decode(whole)
+        assert fast is not None
+        assert slow is not None
+        assert np.array_equal(fast, slow)
+        for _ in range(5):
+            content = damaged(whole, rng)
+            expected = slow_decode(content)
+            if expected is None:
+                refused += 1
+                with pytest.raises(ValueError, match="cannot be decoded"):
+                    decode_image(content)
+            else:
+                assert np.array_equal(decode_image(content), expected)
+    assert 60 < refused < 240
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(Image.new("CMYK", (16, 16)), "JPEG"),
+        encoded(Image.new("RGB", (16, 16)), "JPEG", keep_rgb=True),
+        encoded(Image.new("RGB", (16, 16)), "PNG"),
+        encoded(Image.new("RGB", (16, 16)), "JPEG")[:-2],
+        b"\xff\xd8\xff",
+    ],
+    ids=["CMYK", "RGB", "PNG", "truncated", "start"],
+)
+def test_other_content_is_left_to_pillow(content):
+    assert _decode_jpeg(content) is None
+
+
+def test_implausibly_large_images_are_refused(monkeypatch):
+    content = encoded(Image.new("RGB", (40, 50)), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
+    with pytest.raises(ValueError, match=r"cannot be decoded \(Image size \(2000 pixels\) exceeds limit"):
+        decode_image(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1999)
+    with pytest.warns(Image.DecompressionBombWarning):
+        decode_image(content)
 
 
 def test_panoptic_ids_use_all_24_bits():
