@@ -124,10 +124,10 @@ def _torchrun(flags: Reliability, folder: Path) -> str:
     config = replace(config, tracking=replace(config.tracking, log_every=WINDOW))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     for rank in range(2):
+        samples = open_pack(config.data.train)
         batches = training_batches(
-            open_pack(config.data.train), config.batch_split.positions(rank, 0, flags.steps), seed=config.run.seed,
-            augmentation=config.data.augment, micro_batch=1, samples_per_task=16, cpus=1,
-            object_store=10**9, prefetch=1,
+            samples, config.sample_order(samples), rank=rank, first_step=0, last_step=flags.steps, samples_per_task=16,
+            cpus=1, object_store=10**9, prefetch=1,
         )  # fmt: skip
         (folder / f"batches_{rank}.pickle").write_bytes(pickle.dumps(list(batches)))
     command = [

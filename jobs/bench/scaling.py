@@ -290,6 +290,8 @@ def measure_data(flags: Scaling, _: dict[str, float]) -> tuple[str, dict[str, fl
 
     from pipelines.cluster.simulated import Node, simulated
     from pipelines.data.manifest import PackedSet, open_pack
+    from pipelines.data.order import BatchSplit
+    from pipelines.data.sample_order import SampleOrder
     from pipelines.data.stream import training_batches
     from pipelines.planning.performance import table
 
@@ -298,8 +300,16 @@ def measure_data(flags: Scaling, _: dict[str, float]) -> tuple[str, dict[str, fl
         def take(self, samples: PackedSet, seed: int, per_task: int) -> tuple[float, float, float]:
             """Return seconds to the first and to the last image, and CPU seconds of this process."""
             since, cpu, first = time.perf_counter(), time.process_time(), 0.0
+            order = SampleOrder(
+                image_ids=samples.image_ids,
+                heights=samples.index["height"].to_numpy(),
+                widths=samples.index["width"].to_numpy(),
+                seed=seed,
+                augmentation=_augmentation(),
+                split=BatchSplit(global_batch=1, micro_batch=1, workers=1),
+            )
             for _ in training_batches(
-                samples, np.arange(TASKS * per_task), seed=seed, augmentation=_augmentation(), micro_batch=1,
+                samples, order, rank=0, first_step=0, last_step=TASKS * per_task,
                 samples_per_task=per_task, cpus=1, object_store=10**9, prefetch=8,
             ):  # fmt: skip
                 first = first or time.perf_counter() - since

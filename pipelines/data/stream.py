@@ -24,10 +24,9 @@ from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import UserCodeException
 
-from pipelines.data import order
-from pipelines.data.augment_config import AugmentConfig
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.manifest import PackedSet
+from pipelines.data.sample_order import SampleOrder
 from pipelines.data.tasks import LoadAndAugment, LoadAndResize
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
@@ -51,11 +50,11 @@ While its outputs wait for a slow consumer, the loop would otherwise not wait at
 
 def training_batches(
     samples: PackedSet,
-    positions: np.ndarray,
+    order: SampleOrder,
     *,
-    seed: int,
-    augmentation: AugmentConfig,
-    micro_batch: int,
+    rank: int,
+    first_step: int,
+    last_step: int,
     samples_per_task: int,
     cpus: float,
     object_store: int,
@@ -64,12 +63,11 @@ def training_batches(
     patience: float = _PATIENCE,
     name: str = "train",
 ) -> Generator[PanopticBatch]:
-    """Yield the samples at `positions`, augmented, as micro-batches in that order.
+    """Yield the micro-batches of worker `rank` in the steps [first_step, last_step), in the order it uses them.
 
     Args:
-        positions: this rank's positions in the infinite order of samples; a multiple of `micro_batch` of them.
-        seed: seed of the order and of the augmentation.
-        samples_per_task: images per Ray Data task, rounded up to a multiple of `micro_batch`.
+        order: of these samples, with their augmentation.
+        samples_per_task: images per Ray Data task, rounded up to a multiple of the micro-batch.
         cpus: CPUs that this rank's tasks may use at a time.
         object_store: bytes of Ray's object store that this rank's stream may use.
         prefetch: micro-batches to buffer in this process.
@@ -82,25 +80,35 @@ def training_batches(
         UserError: a packed row is damaged, or its shard is missing. It may be raised a few micro-batches early.
         StorageUnavailableError: the storage did not answer for `patience` seconds.
     """
-    samples_per_task = micro_batch * -(-samples_per_task // micro_batch)
-    load = LoadAndAugment(samples, seed, augmentation, patience, damaged == "skip")
+    split = order.split
+    per_step, per_task = (
+        split.accumulation * split.micro_batch,
+        split.micro_batch * -(-samples_per_task // split.micro_batch),
+    )
+    load = LoadAndAugment(samples, order.seed, order.augmentation, patience, damaged == "skip")
 
     def load_and_augment(number: int) -> pa.Table:
-        wanted = positions[number * samples_per_task : (number + 1) * samples_per_task]
-        epochs, indices = order.samples_at(wanted, len(samples), seed)
-        return load(wanted, epochs, indices)
+        first, last = number * per_task, min((number + 1) * per_task, (last_step - first_step) * per_step)
+        steps = first_step + first // per_step, first_step + -(-last // per_step)
+        skipped = first % per_step
+        positions = order.positions(rank, *steps)[skipped : skipped + last - first]
+        return load(positions, *order.samples(positions))
 
     def produce() -> Iterator[PanopticBatch]:
-        count = -(-len(positions) // samples_per_task)
-        most = max(_TASKS_PER_EXECUTION, -(-len(samples) // samples_per_task))
+        count = -(-(last_step - first_step) * per_step // per_task)
+        most = max(_TASKS_PER_EXECUTION, -(-len(samples) // per_task))
         for first in range(0, count, most):
             dataset = _stream(load_and_augment, range(first, min(first + most, count)), cpus, object_store, name)
             with original_errors():
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-                yield from map(PanopticBatch.from_arrow, _slices(tables, micro_batch))
+                yield from map(PanopticBatch.from_arrow, _slices(tables, split.micro_batch))
+
+    def expected() -> Iterator[list[int]]:
+        for step in range(first_step, last_step):
+            yield from order.positions(rank, step, step + 1).reshape(-1, split.micro_batch).tolist()
 
     def checked() -> Iterator[PanopticBatch]:
-        for wanted, batch in zip(positions.reshape(-1, micro_batch).tolist(), produce(), strict=True):
+        for wanted, batch in zip(expected(), produce(), strict=True):
             if list(batch.positions) != wanted:
                 raise RuntimeError(f"The stream returned the positions {batch.positions} instead of {wanted}.")
             yield batch

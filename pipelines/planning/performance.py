@@ -52,7 +52,9 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
     n, quick, every = config.scaling.max_workers, config.evaluation, config.checkpoint.every
     loop, agree, report, start, task = (overheads[key] / 1000 for key in ("loop", "agree", "report", "start", "task"))
     typical = image_sizes(config.data.augment)[1]
-    pixels = step_pixels(config.batch_split, config.data.augment, dealt=not config.scaling.exact, window=0)
+    pixels = step_pixels(
+        config.batch_split, config.data.augment, dealt=not config.scaling.exact, window=config.data.group_by_area
+    )
     average, largest = (count / math.prod(typical) for count in pixels)
     worst, best = hardware.tflops or GPU_TFLOPS
     per_task = config.data.samples_per_task

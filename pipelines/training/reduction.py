@@ -185,7 +185,9 @@ def _tree_sum(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def gather_losses(rows: Tensor, rank: int, split: BatchSplit) -> Tensor:
-    """Return the mean losses over all micro-batches of a step, the same bits for any number of workers.
+    """Return the mean losses over all micro-batches of a step.
+
+    They have the same bits for any number of workers, unless micro-batches are dealt by size.
 
     All ranks must call it.
 

@@ -286,10 +286,10 @@ class _Worker:
             return {"status": "finished", "early": self._done < total_steps}
         batches = training_batches(
             run.train,
-            split.positions(self._rank, self._done, total_steps),
-            seed=config.run.seed,
-            augmentation=config.data.augment,
-            micro_batch=config.run.micro_batch,
+            config.sample_order(run.train),
+            rank=self._rank,
+            first_step=self._done,
+            last_step=total_steps,
             samples_per_task=config.data.samples_per_task,
             cpus=config.scaling.data_cpus / split.workers,
             object_store=int(config.data.object_store_gb * 1e9),

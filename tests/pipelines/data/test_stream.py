@@ -25,8 +25,9 @@ from pipelines.data import stream
 from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.batch import PanopticBatch
 from pipelines.data.manifest import PackedSet, open_pack
-from pipelines.data.order import permutation
+from pipelines.data.order import BatchSplit, permutation
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+from pipelines.data.sample_order import SampleOrder
 from pipelines.data.stream import original_errors, resized_images, training_batches
 from pipelines.data.tasks import LoadAndAugment
 from pipelines.errors import StorageUnavailableError, UserError
@@ -41,16 +42,27 @@ def samples(packs: dict[str, str]) -> PackedSet:
     return open_pack(packs["train"])
 
 
-def batches(samples: PackedSet, positions: np.ndarray, **changes: Any) -> Generator[PanopticBatch]:
-    settings: dict[str, Any] = {
-        "micro_batch": 2,
-        "samples_per_task": 4,
-        "cpus": 1.0,
-        "prefetch": 2,
-        "object_store": 10**9,
+def batches(
+    samples: PackedSet, first: int, last: int, *, micro_batch: int = 2, rank: int = 0, **changes: Any
+) -> Generator[PanopticBatch]:
+    """Stream the positions [first, last), of which a step has one micro-batch for each of the workers."""
+    workers, window = changes.pop("workers", 1), changes.pop("window", 0)
+    split = BatchSplit(global_batch=workers * micro_batch, micro_batch=micro_batch, workers=workers)
+    steps = {"first_step": first // split.global_batch, "last_step": last // split.global_batch}
+    settings: dict[str, Any] = {"samples_per_task": 4, "cpus": 1.0, "prefetch": 2, "object_store": 10**9, **changes}
+    return training_batches(samples, order_of(samples, split, window=window), rank=rank, **steps, **settings)
+
+
+def order_of(samples: PackedSet, split: BatchSplit, **changes: Any) -> SampleOrder:
+    return SampleOrder(
+        image_ids=samples.image_ids,
+        heights=samples.index["height"].to_numpy(),
+        widths=samples.index["width"].to_numpy(),
+        seed=SEED,
+        augmentation=AUGMENT,
+        split=split,
         **changes,
-    }
-    return training_batches(samples, positions, seed=SEED, augmentation=AUGMENT, **settings)
+    )
 
 
 def packed_rows(samples: PackedSet) -> dict[int, dict[str, Any]]:
@@ -89,7 +101,7 @@ def test_the_order_does_not_depend_on_the_duration_of_tasks(
     monkeypatch.setattr(RateBasedClusterAutoscaler, "get_total_resources", lambda self: total)
     # Two parallel tasks in half a CPU, whatever else runs in the shared session.
     monkeypatch.setattr(stream, "_TASK_CPUS", 0.25)
-    found = list(batches(samples, np.arange(70, 90), cpus=0.5))
+    found = list(batches(samples, 70, 90, cpus=0.5))
 
     assert [batch.positions for batch in found] == [(p, p + 1) for p in range(70, 90, 2)]
     order = np.concatenate([permutation(NUM_IMAGES, SEED, epoch) for epoch in range(2)])
@@ -102,16 +114,35 @@ def test_the_order_does_not_depend_on_the_duration_of_tasks(
     assert str(os.getpid()) not in {note.read_text() for note in notes.values()}
 
 
-def test_positions_need_not_be_adjacent(samples: PackedSet) -> None:
-    """With several ranks, a rank uses every other micro-batch."""
-    positions = np.array([2, 3, 6, 7, 10, 11, 162, 163])
-    assert [p for batch in batches(samples, positions) for p in batch.positions] == positions.tolist()
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_gets_its_micro_batches(samples: PackedSet, rank: int) -> None:
+    """From the middle of a task's part of a step on, and across the end of an epoch."""
+    found = batches(samples, 76, 92, workers=2, rank=rank, samples_per_task=6)
+    assert [batch.positions for batch in found] == [(p, p + 1) for p in range(76 + 2 * rank, 92, 4)]
+
+
+def test_dealt_and_grouped_samples_arrive_as_ordered(samples: PackedSet) -> None:
+    """A task may hold a part of a step, of which its rank has three micro-batches."""
+    split = BatchSplit(global_batch=12, micro_batch=2, workers=2)
+    settings: dict[str, Any] = {"cpus": 1.0, "prefetch": 2, "object_store": 10**9, "samples_per_task": 4}
+    used: list[int] = []
+    for rank in range(2):
+        order = order_of(samples, split, window=3)
+        wanted = order.positions(rank, 5, 9)
+        found = list(training_batches(samples, order, rank=rank, first_step=5, last_step=9, **settings))
+        assert [p for batch in found for p in batch.positions] == wanted.tolist()
+        epochs, indices = order.samples(wanted)
+        assert [e for batch in found for e in batch.epochs] == epochs.tolist()
+        assert [i for batch in found for i in batch.image_ids] == samples.image_ids[indices].tolist()
+        sizes = order.sizes(wanted).tolist()
+        assert [list(size) for batch in found for size in batch.sizes] == sizes
+        used += wanted.tolist()
+    assert sorted(used) == list(range(60, 108))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_image(samples: PackedSet) -> None:
     rows = packed_rows(samples)
-    positions = np.array([0, 1, 2, 3, 80, 81, 82, 83, 84, 85, 86, 87])
-    found = list(batches(samples, positions, micro_batch=4, samples_per_task=6))
+    found = list(batches(samples, 76, 88, micro_batch=4, samples_per_task=6))
     assert [len(batch.images) for batch in found] == [4, 4, 4]
     for batch in found:
         for index, (image_id, epoch) in enumerate(zip(batch.image_ids, batch.epochs, strict=True)):
@@ -144,7 +175,7 @@ def test_an_evaluation_reads_every_image_once(samples: PackedSet) -> None:
 def test_a_filtered_set_is_streamed(samples: PackedSet) -> None:
     """Shard and row still belong to the image, and an epoch is shorter."""
     kept = samples.take(np.array([3, 40, 79]))
-    found = batches(kept, np.arange(6), micro_batch=3, samples_per_task=3)
+    found = batches(kept, 0, 6, micro_batch=3, samples_per_task=3)
     assert [sorted(batch.image_ids) for batch in found] == [samples.image_ids[[3, 40, 79]].tolist()] * 2
 
 
@@ -164,7 +195,7 @@ def test_a_damaged_row_is_named(damaged: tuple[PackedSet, int, str]) -> None:
     samples, image_id, shard = damaged
     message = f"^Row 5 of {shard} is damaged: its bytes are not those of image {image_id} .*again"
     with pytest.raises(UserError, match=message):
-        list(batches(samples, np.arange(NUM_IMAGES)))
+        list(batches(samples, 0, NUM_IMAGES))
     dataset = resized_images(samples, short_side=40, long_side=60, samples_per_task=8, cpus=0.5)
     with pytest.raises(UserError, match=message), original_errors():
         list(dataset.iter_rows())
@@ -172,9 +203,8 @@ def test_a_damaged_row_is_named(damaged: tuple[PackedSet, int, str]) -> None:
 
 def test_a_damaged_row_is_skipped(samples: PackedSet, damaged: tuple[PackedSet, int, str]) -> None:
     copy, image_id, _ = damaged
-    positions = np.arange(NUM_IMAGES)
-    expected = list(batches(samples, positions, samples_per_task=20))
-    found = list(batches(copy, positions, samples_per_task=20, damaged="skip"))
+    expected = list(batches(samples, 0, NUM_IMAGES, samples_per_task=20))
+    found = list(batches(copy, 0, NUM_IMAGES, samples_per_task=20, damaged="skip"))
     assert [batch.positions for batch in found] == [batch.positions for batch in expected]
     assert [batch.epochs for batch in found] == [batch.epochs for batch in expected]
     other = int(samples.image_ids[np.flatnonzero(samples.image_ids == image_id)[0] + 1])
@@ -217,9 +247,9 @@ def test_a_task_whose_process_dies_is_repeated(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(positions, epochs, indices)
 
-    expected = list(batches(samples, np.arange(24)))
+    expected = list(batches(samples, 0, 24))
     monkeypatch.setattr(stream, "LoadAndAugment", Dying)
-    found = list(batches(samples, np.arange(24)))
+    found = list(batches(samples, 0, 24))
     assert (tmp_path / "8").exists()
     assert [batch.positions for batch in found] == [batch.positions for batch in expected]
     for one, same in zip(found, expected, strict=True):
@@ -234,10 +264,9 @@ def test_a_long_stream_is_several_executions(samples: PackedSet, monkeypatch: py
     monkeypatch.setattr(
         stream, "_stream", lambda compute, tasks, *rest: (started.append(tasks), execute(compute, tasks, *rest))[1]
     )
-    positions = np.arange(3, 3 + 2 * NUM_IMAGES + 4)
-    found = list(batches(samples, positions))
+    found = list(batches(samples, 4, 2 * NUM_IMAGES + 8))
     assert started == [range(0, 20), range(20, 40), range(40, 41)]
-    assert [p for batch in found for p in batch.positions] == positions.tolist()
+    assert [p for batch in found for p in batch.positions] == list(range(4, 2 * NUM_IMAGES + 8))
 
 
 def test_a_stream_in_another_order_is_refused(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,11 +276,11 @@ def test_a_stream_in_another_order_is_refused(samples: PackedSet, monkeypatch: p
 
     monkeypatch.setattr(stream, "LoadAndAugment", Wrong)
     with pytest.raises(RuntimeError, match=r"returned the positions \(3, 2\) instead of \[0, 1\]"):
-        list(batches(samples, np.arange(4)))
+        list(batches(samples, 0, 4))
 
 
 def test_closing_early_ends_the_thread(samples: PackedSet) -> None:
-    found = batches(samples, np.arange(400), prefetch=1)
+    found = batches(samples, 0, 400, prefetch=1)
     next(found)
     threads = [thread for thread in threading.enumerate() if thread.name == "sample stream"]
     assert threads

@@ -242,10 +242,10 @@ def by_hand(config: TrainConfig, folder: Path) -> tuple[list[TrainingState], dic
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     batches = training_batches(
         run.train,
-        split.positions(0, 0, run.total_steps),
-        seed=config.run.seed,
-        augmentation=config.data.augment,
-        micro_batch=config.run.micro_batch,
+        config.sample_order(run.train),
+        rank=0,
+        first_step=0,
+        last_step=run.total_steps,
         samples_per_task=config.data.samples_per_task,
         cpus=config.scaling.data_cpus,
         object_store=10**9,
