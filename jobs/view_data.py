@@ -90,7 +90,7 @@ def main() -> None:
             steps = config.run.steps or total_steps(config.run.epochs, len(samples), split.global_batch)
             parts = view.step_positions(split, flags.step, steps)
             count = split.global_batch
-            facts.append(("shown", f"step {flags.step} of {steps:,}, a batch of {split}"))
+            facts.append(("shown", f"step {flags.step} (of 0 to {steps - 1:,}), a batch of {split}"))
         images = view.view_augmented(
             samples,
             parts,
@@ -123,9 +123,10 @@ def _require_same_data(config: str, samples: "PackedSet") -> None:
 
 def _described(config: "AugmentConfig") -> str:
     short, crops = config.short_sides, config.crop_size
+    crop = f"crop to {crops[0]} to {crops[1]} pixels with probability {config.crop_probability:g}"
     return (
-        f"flip with probability {config.flip_probability:g}, crop of {crops[0]} to {crops[1]} pixels with probability "
-        f"{config.crop_probability:g}, short side {min(short)} to {max(short)}, long side at most {config.long_side}"
+        f"flip with probability {config.flip_probability:g}, {crop if config.crop_probability else 'no crop'}, "
+        f"short side {min(short)} to {max(short)}, long side at most {config.long_side}"
     )
 
 

@@ -43,7 +43,7 @@ def overlay(
     painted = Image.fromarray(paint(image, ids, segments, taxonomy))
     pen = ImageDraw.Draw(painted)
     height, width = ids.shape
-    font = ImageFont.load_default(size=min(max(11, min(height, width) // 36), 22))
+    font = ImageFont.load_default(size=min(max(11, min(height, width) // 30), 30))
     colors = segment_colors(segments, taxonomy)
     placed: list[tuple[int, int, int, int]] = []
     for number, (y, x), area in _middles(numbers):
@@ -100,8 +100,12 @@ def segment_numbers(ids: Integer[np.ndarray, "H W"], segments: Sequence[Mapping[
     if len(number_of) < len(segments):
         repeated = [identifier for identifier, count in Counter(s["id"] for s in segments).items() if count > 1]
         raise ValueError(f"Each segment needs its own id, got {repeated} more than once; draw one image at a time.")
-    values, inverse = np.unique(ids, return_inverse=True)
-    return np.array([number_of.get(value, 0) for value in values.tolist()], np.int64)[inverse].reshape(ids.shape)
+    if not segments:
+        return np.zeros(ids.shape, np.int64)
+    known = np.array(sorted(number_of))
+    nearest = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    numbers = np.array([number_of[identifier] for identifier in known.tolist()])
+    return np.where(known[nearest] == ids, numbers[nearest], 0)
 
 
 def outlines(numbers: Integer[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:

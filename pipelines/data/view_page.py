@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from itertools import groupby
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --card: #f4f4f5; --text: #18181b; --faint: #5b5b63; --line: #d4d4d8; }
+:root { color-scheme: light dark; --page: #fff; --card: #f4f4f5; --text: #18181b; --faint: #5b5b63; --line: #d4d4d8;
+  --warning: #a83c00; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #131316; --card: #202024; --text: #ececf0; --faint: #a3a3ad; --line: #3a3a42; }
+  :root { --page: #131316; --card: #202024; --text: #ececf0; --faint: #a3a3ad; --line: #3a3a42;
+    --warning: #fbbf24; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1700px; padding: 1rem; background: var(--page); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .5rem; color: var(--faint); font-weight: 600; }
+h2 { font-size: 1.15rem; margin: 1.5rem 0 -.3rem; }
+h3 { font-size: 1rem; margin: 1rem 0 -.3rem; color: var(--faint); font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; font-size: .9rem; }
 dt { color: var(--faint); }
 dd { margin: 0; }
@@ -25,15 +27,16 @@ form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap
   margin: .8rem -1rem 0; padding: .6rem 1rem; background: var(--page); border-bottom: 1px solid var(--line); }
 select { font: inherit; max-width: 100%; padding: .3rem; }
 label { padding: .3rem 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem;
-  align-items: start; }
+.grid { display: grid; gap: 1rem; margin-top: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { padding: .6rem .8rem; }
 figcaption ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .85rem; }
 figcaption li { display: flex; justify-content: space-between; gap: 1rem; }
 figcaption li span:last-child { color: var(--faint); white-space: nowrap; }
-.note { color: #b45309; }
+a { color: inherit; }
+.note { color: var(--warning); }
 [hidden], .plain, .as-it-is .overlay { display: none !important; }
 .as-it-is .plain { display: block !important; }
 """
@@ -170,7 +173,7 @@ def _lines(figure: Figure, names: Sequence[str]) -> Iterator[str]:
         what = "with segments" if kind == "overlay" else "without segments"
         yield f'<img class="{kind}" alt="image {figure.image_id} {what}" src="data:image/jpeg;base64,{encoded}">'
     yield f"<figcaption><strong>{text(', '.join(facts))}</strong><br>{text(figure.file_name)}<br>"
-    yield f"{text(sizes)} pixels · {text(figure.png)}"
+    yield f'{text(sizes)} pixels<br><a href="{text(figure.png)}">{text(figure.png)}</a>'
     if figure.note:
         yield f'<br><span class="note">{text(figure.note)}</span>'
     yield "<ul>"
