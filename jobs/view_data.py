@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from jobs.shared.cli import parse, run
 from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, with_recipes
 from pipelines.config.recipes import RECIPES
-from pipelines.config.resolve import or_environment
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +56,8 @@ def main() -> None:
     if not flags.output:
         raise UserError("The pictures need a folder. Give a new or empty one with --output.")
 
-    from pipelines.data import view  # imports pyarrow, which --help should not
+    from pipelines.config.resolve import or_environment  # imports pyarrow, which --help should not
+    from pipelines.data import view
     from pipelines.data.manifest import open_pack
     from pipelines.data.order import total_steps
     from pipelines.progress import progress

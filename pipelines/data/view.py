@@ -25,8 +25,8 @@ from pipelines.storage import locate
 MAX_PICTURES = 1000
 _PAGE_BYTES, _PICTURE_BYTES = 64 << 20, 200 << 10  # of the encoded pictures of a page, and of one
 _SIDES, _QUALITIES = (1024, 768, 512, 320, 160, 64), (85, 60, 30)
-_LEGIBLE = 480
-"""Pixels of the long side below which an image is enlarged for its picture."""
+_LEGIBLE, _ENOUGH = 480, 2048
+"""Pixels of the long side below which an image is enlarged for its picture, and above which pixels are left out."""
 _AT_A_TIME = 8  # augmented images in memory
 
 
@@ -226,11 +226,11 @@ def write_view(
     try:
         for viewed in images:
             name = f"{len(written):04d}-image-{viewed.image_id}.png"
-            large = _enlarged(viewed)
-            drawn = overlay(*large, viewed.segments, taxonomy)
+            legible = _legible(viewed)
+            drawn = overlay(*legible, viewed.segments, taxonomy)
             written.append(name)
             (folder / name).write_bytes(_encoded(drawn, "PNG", compress_level=4))
-            figures.append(_figure(viewed, name, taxonomy, (small_jpeg(large[0], limit), small_jpeg(drawn, limit))))
+            figures.append(_figure(viewed, name, taxonomy, (small_jpeg(legible[0], limit), small_jpeg(drawn, limit))))
         written.append("index.html")
         (folder / "index.html").write_text(page(title, facts, taxonomy.names, figures))
     except BaseException:
@@ -243,13 +243,12 @@ def write_view(
     return written
 
 
-def _enlarged(viewed: ViewedImage) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
-    """Return image and ids, with every pixel repeated if the image is too small to see or name anything."""
-    times = -(-_LEGIBLE // max(viewed.ids.shape))
-    return (
-        viewed.image.repeat(times, axis=0).repeat(times, axis=1),
-        viewed.ids.repeat(times, axis=0).repeat(times, axis=1),
-    )
+def _legible(viewed: ViewedImage) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+    """Return image and ids, enlarged by repeating pixels if names could not be read, reduced if there are too many."""
+    side = max(viewed.ids.shape)
+    times, step = -(-_LEGIBLE // side), -(-side // _ENOUGH)
+    image, ids = (pixels[::step, ::step] for pixels in (viewed.image, viewed.ids))
+    return image.repeat(times, axis=0).repeat(times, axis=1), ids.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _figure(viewed: ViewedImage, name: str, taxonomy: Taxonomy, pictures: tuple[bytes, bytes]) -> Figure:

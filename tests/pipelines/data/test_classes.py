@@ -208,6 +208,6 @@ def test_a_file_is_read_as_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
 )
 def test_unusable_categories_are_not_blamed_on_the_file(categories: list[dict[str, Any]]) -> None:
     for make in (ClassMap.from_coco, lambda categories: parse("drop: [car]", categories)):
-        with pytest.raises(ValueError, match="categor") as refused:
+        with pytest.raises(ValueError, match="category") as refused:
             make(categories)
         assert not isinstance(refused.value, UserError)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from pipelines.data.view import (
     write_view,
 )
 from pipelines.errors import UserError
+from pipelines.storage import locate
 
 SEED, AUGMENT = 5, DEMO.data.augment
 TAXONOMY = Taxonomy((Category(1, "cat", True), Category(2, '"><script>alert(1)</script>\n\x1b', False)))
@@ -222,6 +224,22 @@ def test_a_picture_in_the_page_has_a_bounded_size(limit: int) -> None:
     assert limit / 10 < len(small_jpeg(noise, limit)) <= limit
     large = small_jpeg(np.zeros((900, 1333, 3), np.uint8), 200_000)
     assert Image.open(io.BytesIO(large)).size == (1024, 691)
+
+
+def test_a_large_image_is_drawn_smaller_and_counted_whole(tmp_path: Path) -> None:
+    shape = (30, 5000)
+    ids = np.tile(np.array([0, 8, 8, 8], np.int32), (30, 1250))
+    image = replace(viewed("wide", 1), image=np.zeros((*shape, 3), np.uint8), ids=ids, original=shape)
+    write_view([image], 1, TAXONOMY, str(tmp_path / "view"), "", [])
+    assert Image.open(tmp_path / "view" / "0000-image-1.png").size == (1667, 10)
+    assert "112,500 px, 75.0%" in (tmp_path / "view" / "index.html").read_text()
+
+
+def test_a_view_in_an_object_store(bucket: str) -> None:
+    names = write_view([viewed("a", 1)], 1, TAXONOMY, f"{bucket}/view", "", [])
+    assert locate(f"{bucket}/view").names() == sorted(names)
+    with pytest.raises(UserError, match="is not empty"):
+        write_view([viewed("a", 1)], 1, TAXONOMY, f"{bucket}/view", "", [])
 
 
 def occupied(folder: Path) -> None:
