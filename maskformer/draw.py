@@ -1,0 +1,185 @@
+"""Draw a panoptic segmentation on its image: a translucent color for each segment, outlines, and class names.
+
+Void pixels stay as they are. Crowds are hatched. Letters: H W image, N segments.
+"""
+
+import colorsys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from maskformer.taxonomy import Taxonomy
+
+_ALPHA_THING, _ALPHA_STUFF, _ALPHA_CROWD = 0.5, 0.35, 0.6
+_HATCH = 8
+"""Pixels from one stripe of a crowd to the next; half of them are painted."""
+_GOLDEN_RATIO = 0.618034
+_VARIATIONS = (0.0, 0.16, -0.13, 0.08, -0.2, 0.22, -0.07)
+"""Changes in lightness from one instance of a class to the next."""
+_MAX_NAME = 24
+"""Characters of a class name that are drawn."""
+
+
+def overlay(
+    image: UInt8[np.ndarray, "H W 3"],
+    ids: Integer[np.ndarray, "H W"],
+    segments: Sequence[Mapping[str, Any]],
+    taxonomy: Taxonomy,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a copy of the image with every segment painted, outlined and, if there is room, named.
+
+    Args:
+        ids: segment id of each pixel. Ids that are not among `segments` are void.
+        segments: COCO's segments_info: `id`, `category_id`, and `iscrowd` if it is one.
+
+    Raises:
+        ValueError: a category is unknown, or an id occurs twice.
+    """
+    numbers = segment_numbers(ids, segments)
+    painted = Image.fromarray(paint(image, ids, segments, taxonomy))
+    pen = ImageDraw.Draw(painted)
+    height, width = ids.shape
+    font = ImageFont.load_default(size=min(max(11, min(height, width) // 30), 30))
+    colors = segment_colors(segments, taxonomy)
+    placed: list[tuple[int, int, int, int]] = []
+    for number, (y, x), area in _middles(numbers):
+        segment = segments[number - 1]
+        name = _drawable(taxonomy.names[taxonomy.class_index(segment["category_id"])])
+        name += " (crowd)" if segment.get("iscrowd") else ""
+        left, top, right, bottom = map(round, pen.textbbox((0, 0), name, font))
+        box_width, box_height = right - left + 6, bottom - top + 6
+        if box_width > width or box_height > height or 2 * box_width * box_height > area:
+            continue
+        x = min(max(0, x - box_width // 2), width - box_width)
+        y = min(max(0, y - box_height // 2), height - box_height)
+        box = (x, y, x + box_width - 1, y + box_height - 1)
+        if any(x <= b[2] and b[0] <= box[2] and y <= b[3] and b[1] <= box[3] for b in placed):
+            continue
+        placed.append(box)
+        red, green, blue = color = tuple(colors[number - 1].tolist())
+        dark = 299 * red + 587 * green + 114 * blue < 140_000
+        pen.rectangle(box, color)
+        pen.text((x + 3 - left, y + 3 - top), name, (255, 255, 255) if dark else (0, 0, 0), font)
+    return np.array(painted)
+
+
+def paint(
+    image: UInt8[np.ndarray, "H W 3"],
+    ids: Integer[np.ndarray, "H W"],
+    segments: Sequence[Mapping[str, Any]],
+    taxonomy: Taxonomy,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a copy of the image with every segment painted and outlined, without names; see `overlay`."""
+    numbers = segment_numbers(ids, segments)
+    things = [taxonomy.is_thing(taxonomy.class_index(segment["category_id"])) for segment in segments]
+    crowds = [bool(segment.get("iscrowd")) for segment in segments]
+    alphas = [_ALPHA_CROWD if c else _ALPHA_THING if t else _ALPHA_STUFF for t, c in zip(things, crowds, strict=True)]
+
+    alpha = np.array([0.0, *alphas], np.float32)[numbers]
+    if any(crowds):
+        rows, columns = np.ogrid[: ids.shape[0], : ids.shape[1]]
+        gap = (rows + columns) % _HATCH >= _HATCH // 2
+        alpha[np.array([False, *crowds])[numbers] & gap] = 0
+    alpha[outlines(numbers)] = 1
+    colors = np.concatenate([np.zeros((1, 3), np.uint8), segment_colors(segments, taxonomy)])[numbers]
+    mixed = image + (colors.astype(np.float32) - image) * alpha[..., None]
+    return (mixed + 0.5).astype(np.uint8)
+
+
+def segment_numbers(ids: Integer[np.ndarray, "H W"], segments: Sequence[Mapping[str, Any]]) -> Int[np.ndarray, "H W"]:
+    """Return k on the pixels of the k-th segment, 0 on void.
+
+    Raises:
+        ValueError: an id occurs twice in `segments`.
+    """
+    number_of = {segment["id"]: number for number, segment in enumerate(segments, 1)}
+    if len(number_of) < len(segments):
+        repeated = [identifier for identifier, count in Counter(s["id"] for s in segments).items() if count > 1]
+        raise ValueError(f"Each segment needs its own id, got {repeated} more than once; draw one image at a time.")
+    if not segments:
+        return np.zeros(ids.shape, np.int64)
+    known = np.array(sorted(number_of))
+    nearest = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    numbers = np.array([number_of[identifier] for identifier in known.tolist()])
+    return np.where(known[nearest] == ids, numbers[nearest], 0)
+
+
+def outlines(numbers: Integer[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Return the pixels of segments (not 0) above, below, left or right of which another segment, or void, is."""
+    edge = np.zeros(numbers.shape, bool)
+    below, right = numbers[1:] != numbers[:-1], numbers[:, 1:] != numbers[:, :-1]
+    edge[:-1] |= below
+    edge[1:] |= below
+    edge[:, :-1] |= right
+    edge[:, 1:] |= right
+    return edge & (numbers != 0)
+
+
+def segment_colors(segments: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> UInt8[np.ndarray, "N 3"]:
+    """Return an RGB color for each segment: its class's, lighter or darker for further instances of a thing.
+
+    The color of a class is its category's, or one that depends on the class index only. It is made neither too dark nor
+    too light to be seen.
+    """
+    seen: Counter[int] = Counter()
+    colors: list[tuple[int, int, int]] = []
+    for segment in segments:
+        index = taxonomy.class_index(segment["category_id"])
+        hue, lightness, saturation = _class_color(index, taxonomy)
+        if taxonomy.is_thing(index):
+            lightness += _VARIATIONS[seen[index] % len(_VARIATIONS)]
+            hue += 0.02 * (seen[index] % 5)
+            seen[index] += 1
+        red, green, blue = colorsys.hls_to_rgb(hue % 1, min(max(lightness, 0.25), 0.8), saturation)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return np.array(colors, np.uint8).reshape(-1, 3)
+
+
+def _class_color(index: int, taxonomy: Taxonomy) -> tuple[float, float, float]:
+    """Return hue, lightness and saturation of a class, 0..1."""
+    color = taxonomy.categories[index].color
+    if color is None:
+        return index * _GOLDEN_RATIO % 1, (0.5, 0.62, 0.4)[index % 3], (0.85, 0.6)[index // 3 % 2]
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(part / 255 for part in color))
+    return hue, min(max(lightness, 0.38), 0.7), saturation
+
+
+def _middles(numbers: Int[np.ndarray, "H W"]) -> list[tuple[int, tuple[int, int], int]]:
+    """Return number, a pixel (row, column) well inside, and area of each segment with pixels, the largest first.
+
+    The pixel is the one with the most room of its segment in all four directions; left and right count a third, since
+    names are wide.
+    """
+    room = np.minimum(_room(numbers), _room(numbers.T, 3).T).ravel()
+    flat = numbers.ravel()
+    order = np.lexsort((room, flat))  # the last pixel of each segment has the most room
+    present, areas = np.unique(flat, return_counts=True)
+    best = order[np.cumsum(areas) - 1]
+    found = [
+        (number, divmod(pixel, numbers.shape[1]), area)
+        for number, pixel, area in zip(present.tolist(), best.tolist(), areas.tolist(), strict=True)
+        if number
+    ]
+    return sorted(found, key=lambda each: (-each[2], each[0]))
+
+
+def _room(numbers: Int[np.ndarray, "H W"], per: int = 1) -> Float[np.ndarray, "H W"]:
+    """Return for each pixel how far its run of equal numbers in its column extends to the nearer end, over `per`."""
+    rows = np.arange(len(numbers))[:, None]
+    starts = np.ones(numbers.shape, bool)
+    starts[1:] = numbers[1:] != numbers[:-1]
+    first = np.maximum.accumulate(np.where(starts, rows, 0), axis=0)
+    ends = np.roll(starts, -1, axis=0)
+    ends[-1] = True
+    last = np.minimum.accumulate(np.where(ends, rows, len(numbers))[::-1], axis=0)[::-1]
+    return (np.minimum(rows - first, last - rows) + 1) / per
+
+
+def _drawable(name: str) -> str:
+    """Return a name on one line, without characters that are not printed, and not too long."""
+    plain = "".join(char if char.isprintable() else "?" for char in name[: _MAX_NAME + 1])
+    return plain if len(name) <= _MAX_NAME else f"{plain[: _MAX_NAME - 1]}…"
