@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
     dataset = read_coco(layout)
-    rows = [packed_row(layout, dataset.taxonomy, record) for record in dataset.records[: flags.images]]
+    rows = [packed_row(layout, dataset.taxonomy, record) for record in dataset.records[: flags.images].to_pylist()]
     print(f"{'':<18}{'images/s per CPU':>20}{'decoding':>16}")
     for recipe in (R50_MMDET, SWIN_L_ORIGINAL):
         decoding, start = 0.0, time.process_time()

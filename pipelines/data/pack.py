@@ -1,4 +1,4 @@
-"""Pack a COCO panoptic data set: check all of it, then write shards, index and manifest (see manifest.py).
+"""Pack a COCO panoptic data set that was checked: write shards, index and manifest (see manifest.py).
 
 A pack is a pure function of its input, so an interrupted one can be resumed and ends with the same bytes.
 """
@@ -8,22 +8,24 @@ import json
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.data.coco import CocoDataset, CocoLayout, Record, read_coco
+from pipelines.data.coco import CocoDataset, CocoLayout
+from pipelines.data.findings import escaped
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
 from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
 from pipelines.data.schema import INDEX, PACKED, row_hash
-from pipelines.data.validate import Fault, validate
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.storage import Location, locate, sha256
@@ -53,36 +55,78 @@ class PackReport:
     manifest: Manifest
     was_complete: bool
     """The pack was complete already, and the images were not opened."""
-    warnings: tuple[Fault, ...]
-    """Faults of the data set that do not prevent training."""
 
 
-def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
-    """Check all of a data set, then pack it into the folder `output`, resuming an interrupted pack.
+def open_output(dataset: CocoDataset, output: str, config: PackConfig, skip_bad: bool = False) -> PackReport | None:
+    """Refuse an output folder that cannot take the pack; return the pack if it is complete already.
 
-    Packs have the same input if annotation JSON, split and configuration are equal. Images that were replaced under
-    an unchanged JSON are not noticed; pack them into a new folder.
+    Args:
+        skip_bad: images may have been left out of the pack.
 
     Raises:
-        UserError: the data has errors, `output` has other files, or it cannot be written. Unless writing itself
-            failed, nothing was written.
+        UserError: `output` has other files or the pack of another input, or it cannot be written.
     """
-    dataset = read_coco(layout)
     folder = locate(output)
-    chunks = _cut(dataset.records, config.rows_per_shard)
-    source = {
-        "version": VERSION,
-        "split": layout.split,
-        "annotations_sha256": dataset.annotations_sha256,
-        "rows_per_shard": config.rows_per_shard,
-    }
-    expected = {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *chunks}
+    left_out: list[int] = []
+    if skip_bad and (folder / STATE_FILE).exists():
+        left_out = _read_state(folder / STATE_FILE)[0].get("left_out", [])
+    source = _source(dataset, config, left_out)
+    expected = _files(_cut(dataset.without(left_out), config))
+    _shards_written(folder, source, expected)
+    if expected <= set(folder.names()):
+        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True)
+    require_writable(folder / MANIFEST_FILE)
+    return None
+
+
+def require_writable(file: Location) -> None:
+    """Write a file beside `file`, in a folder that is created if necessary, and remove both again.
+
+    Raises:
+        UserError: the folder cannot be written, or `file` is a folder.
+    """
+    if file.is_dir():
+        raise UserError(f"{escaped(file.uri)} is a folder; give the name of a file.")
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    probe = replace(file, path=f"{file.path}{suffix}", uri=f"{file.uri}{suffix}")
+    created = [folder for folder in Path(file.path).parents if file.is_local and not folder.exists()]
+    try:
+        probe.write_bytes(b"")
+        probe.delete()
+    except UserError:
+        raise
+    except OSError as error:  # such as ENOENT, in /proc
+        raise UserError(
+            f"Cannot write {escaped(file.uri)}: {error.strerror or error}. Choose a folder that can be created and "
+            f"written."
+        ) from error
+    finally:
+        with suppress(OSError):
+            for folder in created:
+                folder.rmdir()
+
+
+def pack(dataset: CocoDataset, output: str, config: PackConfig, left_out: Collection[int] = ()) -> PackReport:
+    """Pack a data set that was checked into the folder `output`, resuming an interrupted pack.
+
+    Packs have the same input if annotation JSON, split, configuration and left-out images are equal. Images that were
+    replaced under an unchanged JSON are not noticed; pack them into a new folder.
+
+    Args:
+        left_out: ids of images that are not packed.
+
+    Raises:
+        UserError: `output` has other files or the pack of another input, or it cannot be written.
+    """
+    layout = dataset.layout
+    folder = locate(output)
+    source = _source(dataset, config, left_out)
+    dataset = dataset.without(left_out)
+    chunks = _cut(dataset, config)
+    expected = _files(chunks)
     shards = _shards_written(folder, source, expected)
     if expected <= set(folder.names()):
-        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True, warnings=())
-
-    faults = validate(dataset, _THREADS)
-    _refuse_errors(faults, len(dataset.records))
+        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True)
 
     for name in _temporaries(folder, expected):
         (folder / name).delete()
@@ -92,7 +136,7 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
             if name in shards and _is_intact(folder, shards[name]):
                 logger.info("%s is already packed", name)
                 continue
-            rows = list(pool.map(partial(packed_row, layout, dataset.taxonomy), records))
+            rows = list(pool.map(partial(packed_row, layout, dataset.taxonomy), records.to_pylist()))
             shards[name] = _write(folder / name, _shard(rows), len(rows))
             _write_state(folder, source, shards)
 
@@ -110,14 +154,30 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
         "index": asdict(index_file),
     }
     _write_json(folder / MANIFEST_FILE, manifest)
-    return PackReport(output=folder, manifest=read_manifest(folder), was_complete=False, warnings=tuple(faults))
+    return PackReport(output=folder, manifest=read_manifest(folder), was_complete=False)
 
 
-def _cut(records: Sequence[Record], rows_per_shard: int) -> dict[str, Sequence[Record]]:
-    starts = range(0, len(records), rows_per_shard)
+def _source(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -> dict[str, Any]:
+    """Return what a pack is a function of."""
     return {
-        f"shard-{number:05d}.parquet": records[start : start + rows_per_shard] for number, start in enumerate(starts)
+        "version": VERSION,
+        "split": dataset.layout.split,
+        "annotations_sha256": dataset.annotations_sha256,
+        "rows_per_shard": config.rows_per_shard,
+        **({"left_out": sorted(left_out)} if left_out else {}),
     }
+
+
+def _cut(dataset: CocoDataset, config: PackConfig) -> dict[str, pa.Table]:
+    starts = range(0, len(dataset.records), config.rows_per_shard)
+    return {
+        f"shard-{number:05d}.parquet": dataset.records.slice(start, config.rows_per_shard)
+        for number, start in enumerate(starts)
+    }
+
+
+def _files(chunks: Mapping[str, pa.Table]) -> set[str]:
+    return {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *chunks}
 
 
 def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]) -> dict[str, PackedFile]:
@@ -131,7 +191,9 @@ def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]
         foreign = names - expected
         before, shards = _read_state(folder / STATE_FILE)
         differing = [
-            f"{key} is {value}, was {before.get(key)}" for key, value in source.items() if before.get(key) != value
+            f"{key} is {str(source.get(key))[:80]}, was {str(before.get(key))[:80]}"
+            for key in {**source, **before}
+            if before.get(key) != source.get(key)
         ]
         if differing:
             raise UserError(
@@ -169,30 +231,18 @@ def _read_state(file: Location) -> tuple[dict[str, Any], dict[str, PackedFile]]:
         ) from error
 
 
-def _refuse_errors(faults: Sequence[Fault], num_records: int) -> None:
-    errors = [fault for fault in faults if fault.severity == "error"]
-    if not errors:
-        return
-    others = ", ".join(f"{code} {count}" for code, count in sorted(Counter(fault.code for fault in errors[1:]).items()))
-    images = len({fault.image_id for fault in errors})
-    raise UserError(
-        f"The data set has errors, so nothing was packed. First: {errors[0]} Others: {others or 'none'}; "
-        f"{images} of {num_records} images are affected."
-    )
-
-
-def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> dict[str, Any]:
-    """Read the files of an image that was checked; return its PACKED row."""
-    panoptic = (layout.panoptic / record.panoptic_file).read_bytes()
-    plane, classes = index_map(decode_panoptic(panoptic), record.segments, taxonomy)
+def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the files of an image that was checked, given its row of RECORD; return its PACKED row."""
+    panoptic = (layout.panoptic / record["panoptic_file"]).read_bytes()
+    plane, classes = index_map(decode_panoptic(panoptic), record["segments"], taxonomy)
     row = {
-        "image_id": record.image_id,
-        "file_name": record.image_file,
-        "height": record.height,
-        "width": record.width,
-        "image": (layout.images / record.image_file).read_bytes(),
+        "image_id": record["image_id"],
+        "file_name": record["image_file"],
+        "height": record["height"],
+        "width": record["width"],
+        "image": (layout.images / record["image_file"]).read_bytes(),
         "panoptic": panoptic,
-        "segments": [{key: segment[key] for key in ("id", "category_id", "iscrowd")} for segment in record.segments],
+        "segments": [{key: segment[key] for key in ("id", "category_id", "iscrowd")} for segment in record["segments"]],
         "index_map": compress_index_map(plane, len(classes)),
         "classes": classes.tolist(),
     }
@@ -212,19 +262,19 @@ def _shard(rows: list[dict[str, Any]]) -> bytes:
     )
 
 
-def _index(dataset: CocoDataset, chunks: dict[str, Sequence[Record]]) -> pa.Table:
+def _index(dataset: CocoDataset, chunks: Mapping[str, pa.Table]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for shard, records in enumerate(chunks.values()):
-        for row, record in enumerate(records):
-            classes = [dataset.taxonomy.class_index(s["category_id"]) for s in record.segments if not s["iscrowd"]]
+        for row, record in enumerate(records.to_pylist()):
+            classes = [dataset.taxonomy.class_index(s["category_id"]) for s in record["segments"] if not s["iscrowd"]]
             rows.append(
                 {
-                    "image_id": record.image_id,
-                    "file_name": record.image_file,
+                    "image_id": record["image_id"],
+                    "file_name": record["image_file"],
                     "shard": shard,
                     "row": row,
-                    "height": record.height,
-                    "width": record.width,
+                    "height": record["height"],
+                    "width": record["width"],
                     "num_things": sum(map(dataset.taxonomy.is_thing, classes)),
                     "num_segments": len(classes),
                 }

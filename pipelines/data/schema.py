@@ -1,8 +1,8 @@
-"""The schemas of the data pipeline: four pyarrow schemas, each with a name and a version.
+"""The schemas of the data pipeline: five pyarrow schemas, each with a name and a version.
 
-The packer writes PACKED and INDEX. Ray Data tasks read PACKED and return AUGMENTED for training or RESIZED for
-inference, and the receiver of a batch checks its schema. Name and version are in the schema's metadata. A change of
-meaning needs a new version even if no type changes.
+An annotation JSON is read to RECORD. The packer writes PACKED and INDEX. Ray Data tasks read PACKED and return
+AUGMENTED for training or RESIZED for inference, and the receiver of a batch checks its schema. Name and version are in
+the schema's metadata. A change of meaning needs a new version even if no type changes.
 """
 
 import hashlib
@@ -18,6 +18,34 @@ _NAME, _VERSION = b"maskformer.schema", b"maskformer.version"
 def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={_NAME: name.encode(), _VERSION: str(version).encode()})
 
+
+RECORD = _schema(
+    "record",
+    1,
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("image_file", pa.string()),  # relative to the folder of the images
+        pa.field("panoptic_file", pa.string()),  # relative to the folder of the PNGs
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field(
+            "segments",  # in the annotation's order
+            pa.list_(
+                pa.struct(
+                    [
+                        ("id", pa.int64()),
+                        ("category_id", pa.int64()),
+                        ("iscrowd", pa.bool_()),
+                        # What is derived from the pixels is optional, and is checked but not used.
+                        ("area", pa.int64()),
+                        ("bbox", pa.list_(pa.float64())),
+                    ]
+                )
+            ),
+        ),
+    ],
+)
+"""One row is one annotated image of an annotation JSON. Values of segments are null where they are not usable."""
 
 PACKED = _schema(
     "packed",
