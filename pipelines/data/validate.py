@@ -7,7 +7,6 @@ bytes per image and a limited number of findings, whatever the number of faults.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,32 +14,17 @@ import pyarrow as pa
 import ray.data
 from pyarrow import fs
 
-from maskformer.taxonomy import Taxonomy
 from pipelines.data.check_report import CheckReport
-from pipelines.data.checks import CheckConfig, check_record
+from pipelines.data.check_tasks import FILE, CheckImages, HashFiles
+from pipelines.data.checks import CheckConfig
 from pipelines.data.coco import CocoDataset
 from pipelines.data.findings import Finding, Findings, escaped
 from pipelines.data.stream import original_errors
-from pipelines.errors import StorageRefusedError, UserError
+from pipelines.errors import UserError
 from pipelines.progress import progress
-from pipelines.storage import Location, patience, retried, sha256
+from pipelines.storage import Location, retried
 
 _IMAGES_PER_TASK = 64
-_PATIENCE = 900.0
-"""Seconds that tasks wait for a storage that does not answer."""
-
-_FINDING = pa.struct(
-    [
-        ("code", pa.string()),
-        ("file", pa.string()),
-        ("image_id", pa.int64()),
-        ("segment_id", pa.int64()),
-        ("what", pa.string()),
-    ]
-)
-_CHECKED = pa.schema([("sha256", pa.string()), ("bytes", pa.int64()), ("findings", pa.list_(_FINDING))])
-_FILE = pa.schema([("name", pa.string())])
-_HASH = pa.schema([("name", pa.string()), ("sha256", pa.string())])
 
 
 def validate(dataset: CocoDataset, config: CheckConfig, other_images: Location | None = None) -> CheckReport:
@@ -58,16 +42,17 @@ def validate(dataset: CocoDataset, config: CheckConfig, other_images: Location |
     hashes = np.zeros(len(dataset.records), "S64")  # in hexadecimal; empty if the file cannot be read
     lengths = np.zeros(len(dataset.records), np.int64)
     layout = dataset.layout
-    check = _Check(layout.images, layout.panoptic, dataset.taxonomy, config)
+    check = CheckImages(layout.images, layout.panoptic, dataset.taxonomy, config)
     for row, checked in enumerate(_run(dataset.records, check, "images checked")):
         findings.extend(Finding(**finding) for finding in checked["findings"])
         hashes[row], lengths[row] = checked["sha256"].encode(), checked["bytes"]
     _find_repeated_images(dataset, hashes, findings)
     if other_images is not None:
         # Files of other lengths have other bytes, so few need be read.
-        names = [name for name, length in others.items() if length in set(lengths[lengths > 0].tolist())]
-        table = pa.table([names], schema=_FILE)
-        _find_in_other_split(dataset, hashes, _run(table, _Hash(other_images), "images compared"), findings)
+        wanted = set(lengths[lengths > 0].tolist())
+        names = [name for name, length in others.items() if length in wanted]
+        table = pa.table([names], schema=FILE)
+        _find_in_other_split(dataset, hashes, _run(table, HashFiles(other_images), "images compared"), findings)
     _find_rare_classes(dataset, config, findings)
     return CheckReport(dataset=dataset, findings=findings)
 
@@ -90,43 +75,6 @@ def _run(table: pa.Table, operator: Callable[[pa.Table], pa.Table], what: str) -
     with original_errors():
         for batch in progress(batches, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
             yield from cast(pa.Table, batch).to_pylist()
-
-
-@dataclass(frozen=True)
-class _Check:
-    """Operator of a task: maps RECORD rows to _CHECKED rows."""
-
-    images: Location
-    panoptic: Location
-    taxonomy: Taxonomy
-    config: CheckConfig
-
-    def __call__(self, records: pa.Table) -> pa.Table:
-        with patience(_PATIENCE):
-            found = [
-                check_record(record, self.images, self.panoptic, self.taxonomy, self.config)
-                for record in records.to_pylist()
-            ]
-        return pa.Table.from_pylist([asdict(checked) for checked in found], schema=_CHECKED)
-
-
-@dataclass(frozen=True)
-class _Hash:
-    """Operator of a task: maps names of files to their hashes."""
-
-    folder: Location
-
-    def __call__(self, files: pa.Table) -> pa.Table:
-        names = files["name"].to_pylist()
-        with patience(_PATIENCE):
-            hashes = [self._sha256(name) for name in names]
-        return pa.table([names, hashes], schema=_HASH)
-
-    def _sha256(self, name: str) -> str:
-        try:
-            return sha256((self.folder / name).read_bytes())
-        except (FileNotFoundError, StorageRefusedError):
-            return ""  # checked when its own split is
 
 
 def _find_repeated_images(dataset: CocoDataset, hashes: np.ndarray, findings: Findings) -> None:
