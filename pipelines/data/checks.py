@@ -148,8 +148,11 @@ class _File:
             return None
         return image
 
-    def load(self, image: Image.Image) -> bool:
+    def load(self, image: Image.Image, content: bytes) -> bool:
         """Decode the pixels; return False and a finding if that fails."""
+        if image.format == "PNG" and b"IEND" not in content:  # Pillow is content if the pixels are there
+            self.add("-truncated", "its last chunk, IEND, is missing")
+            return False
         try:
             image.load()
         except (OSError, SyntaxError, ValueError, IndexError) as error:
@@ -183,7 +186,7 @@ def _check_image(file: _File, content: bytes, size: tuple[int, int], config: Che
     elif mode in ("1", "L"):
         file.add("-gray", "it is gray")
     image.draft("L", (1, 1))  # a JPEG is then read to its end without computing its colors, in a third of the time
-    if file.load(image):
+    if file.load(image, content):
         orientation = None
         with suppress(Exception):  # damaged EXIF, which nothing reads, makes Pillow raise errors of many kinds
             orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -233,7 +236,7 @@ def _check_png(file: _File, content: bytes, size: tuple[int, int], config: Check
         what = f"the PNG is {image.width} x {image.height}, but the image {size[0]} x {size[1]} in the JSON"
         file.add("-size", what)
         return None
-    return decode_ids(np.asarray(image)) if file.load(image) else None
+    return decode_ids(np.asarray(image)) if file.load(image, content) else None
 
 
 def _check_pixels(

@@ -231,10 +231,14 @@ def _join(images: pa.Table, annotations: pa.Table, report: Report) -> pa.Table:
         for row in alone.tolist():
             image_id = int(ids[row])
             report(code, image_id=image_id, what=what.format(table[column][row].as_py(), image_id))
-    images = images.filter(np.isin(listed, both, assume_unique=True))
-    annotations = annotations.filter(np.isin(annotated, both, assume_unique=True))
+    images, annotations = _only(images, listed, both), _only(annotations, annotated, both)
     columns = [(images if name in images.column_names else annotations)[name] for name in RECORD.names]
-    return pa.table(columns, schema=RECORD).drop_null()
+    records = pa.table(columns, schema=RECORD)
+    return records.drop_null() if any(column.null_count for column in columns) else records  # which copies
+
+
+def _only(table: pa.Table, ids: np.ndarray, wanted: np.ndarray) -> pa.Table:
+    return table if len(wanted) == len(ids) else table.filter(np.isin(ids, wanted, assume_unique=True))
 
 
 def _find_repeated_files(records: pa.Table, column: str, code: str, folder: Location, findings: Findings) -> None:
