@@ -416,6 +416,7 @@ def test_limits(folder: Path) -> None:
     mostly_void(folder)
     assert found_in(folder, max_void_share=1.0) == Findings()
     assert found_in(folder, max_megapixels=1e-4).counts == {"too-large": 10}
+    wrong: dict[str, Any]
     for wrong in ({"max_void_share": 2.0}, {"min_images_per_class": -1}, {"max_megapixels": 0.0}):
         with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
             CheckConfig(**wrong)

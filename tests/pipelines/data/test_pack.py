@@ -1,4 +1,5 @@
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(folder, output, tmp_path,
     # Writes are pack.json, then each shard and pack.json again, then index and manifest.
     kept = sum(number > write for write in (2, 4, 6))
     assert sum(name.startswith("shard") for name in names) == 3 - kept
+
+
+def test_a_full_disk_leaves_nothing_half_written(folder, output, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # room for pack.json but not for a shard
+    try:
+        with pytest.raises(UserError, match="no space is left"):
+            packed(folder, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in output.iterdir()] == ["pack.json"]
+    packed(folder, output)
+    packed(folder, tmp_path / "complete")
+    assert contents(output) == contents(tmp_path / "complete")
 
 
 def test_a_missing_or_damaged_shard_of_a_partial_pack_is_written_again(folder, output, tmp_path):
