@@ -78,6 +78,7 @@ def main() -> None:
         if flags.step is not None and flags.config:
             _require_same_data(flags.config, samples)
         samples = samples.with_things() if config.data.require_thing else samples
+        order = config.sample_order(samples)
         facts += [
             ("order", f"of {len(samples):,} images, seed {config.run.seed}"),
             ("augmentation", _described(config.data.augment)),
@@ -88,14 +89,13 @@ def main() -> None:
         else:
             split = config.batch_split
             steps = config.run.steps or total_steps(config.run.epochs, len(samples), split.global_batch)
-            parts = view.step_positions(split, flags.step, steps)
+            parts = view.step_positions(order, flags.step, steps)
             count = split.global_batch
             facts.append(("shown", f"step {flags.step} (of 0 to {steps - 1:,}), a batch of {split}"))
         images = view.view_augmented(
             samples,
+            order,
             parts,
-            seed=config.run.seed,
-            augmentation=config.data.augment,
             damaged=config.data.damaged,
         )
     title = "Images as packed" if flags.step is None and not flags.augmented else "Images as training sees them"

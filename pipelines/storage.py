@@ -126,6 +126,13 @@ class Location:
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in infos)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file in this folder and in its subfolders, by the path below this folder."""
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
+        start = len(self.path) + 1
+        return {info.path[start:]: info.size or 0 for info in infos if info.type == fs.FileType.File}
+
     def size(self) -> int:
         """Return the bytes of this file, or of all files in this folder; 0 if it does not exist."""
         info = retried("list", self, lambda: self.filesystem.get_file_info(self.path))

@@ -32,14 +32,14 @@ def main() -> None:
     from pipelines.config.recipes import R50_MMDET, SWIN_L_ORIGINAL
     from pipelines.data.augment import augment, sample_rng
     from pipelines.data.coco import CocoLayout, read_coco
-    from pipelines.data.pack import packed_row
     from pipelines.data.schema import AUGMENTED
+    from pipelines.data.shards import packed_row
     from pipelines.data.tasks import augmented_row, decoded_sample
 
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
     dataset = read_coco(layout)
-    rows = [packed_row(layout, dataset.taxonomy, record) for record in dataset.records[: flags.images]]
+    rows = [packed_row(layout, dataset.classes, record) for record in dataset.records[: flags.images].to_pylist()]
     print(f"{'':<18}{'images/s per CPU':>20}{'decoding':>16}")
     for recipe in (R50_MMDET, SWIN_L_ORIGINAL):
         decoding, start = 0.0, time.process_time()

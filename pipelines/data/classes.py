@@ -39,6 +39,12 @@ class ClassMap:
     """The classes to train on. A class has the smallest id, and the color, of the categories merged into it."""
     category_of: Mapping[int, int | None]
     """Category id in `taxonomy` of each category id in the annotations; None if it is dropped: its pixels are void."""
+    changed: bool = False
+    """Whether a class is not as in the annotations."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the map consists of, as JSON-able values."""
+        return {"categories": self.taxonomy.to_coco(), "category_of": {str(k): v for k, v in self.category_of.items()}}
 
     @classmethod
     def from_coco(cls, categories: Sequence[Mapping[str, object]]) -> "ClassMap":
@@ -112,7 +118,9 @@ class ClassMap:
             color = {} if first.color is None else {"color": list(first.color)}
             merged.append({"id": first.id, "name": name, "isthing": int(isthing), **color})
             category_of.update({source[member].id: first.id for member in members})
-        return cls(Taxonomy.from_coco(merged), dict(sorted(category_of.items())))
+        taxonomy = Taxonomy.from_coco(merged)
+        changed = bool(unsaid) or taxonomy != Taxonomy.from_coco(categories)
+        return cls(taxonomy, dict(sorted(category_of.items())), changed)
 
 
 def _sections(text: str, what: str) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], tuple[str, ...]]:

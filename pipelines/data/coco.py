@@ -1,19 +1,29 @@
 """COCO's panoptic format on disk (cocodataset.org/#format-data, 4): one JSON, and one PNG for each image.
 
-Finds the files, reads the JSON and checks all that needs no pixels; no image is opened and nothing is written.
+Finds the files and reads the JSON. No image is opened and nothing is written.
 """
 
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict
 
-from maskformer.taxonomy import Taxonomy
-from pipelines.errors import UserError
-from pipelines.storage import Location, locate, sha256
+import numpy as np
+import pyarrow as pa
 
-_MAX_IMAGE_ID = 2**63 - 1  # packs have 64 bits for it, and random generators take no negative seed
+from maskformer.taxonomy import Taxonomy
+from pipelines.data.classes import ClassMap
+from pipelines.data.coco_entries import Report, annotation_row, image_row, read_categories
+from pipelines.data.findings import Findings, escaped
+from pipelines.data.json_stream import JsonLists
+from pipelines.data.schema import RECORD
+from pipelines.errors import UserError
+from pipelines.storage import Location, locate
+
+_IMAGE = pa.schema([RECORD.field(name) for name in ("image_id", "image_file", "height", "width")])
+_ANNOTATION = pa.schema([RECORD.field(name) for name in ("image_id", "panoptic_file", "segments")])
+_ROWS_PER_BATCH = 1024
+_FILES_TO_LOOK_FOR = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,68 +79,122 @@ class CocoLayout:
 
 
 class Segment(TypedDict):
-    """A segment as stored in packed rows."""
+    """A segment as in packed rows."""
 
     id: int
     category_id: int
     iscrowd: bool
 
 
-class AnnotatedSegment(Segment, total=False):
-    """A segment as in the JSON. What is derived from the pixels is optional, and is checked but not used."""
-
-    area: int
-    bbox: list[float]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One annotated image. File names are relative to the layout's folders; sizes are in pixels."""
-
-    image_id: int
-    image_file: str
-    panoptic_file: str
-    height: int
-    width: int
-    segments: tuple[AnnotatedSegment, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CocoDataset:
-    """The content of the annotation JSON. Records are in ascending image id, and every file they name exists."""
+    """The content of the annotation JSON."""
 
     layout: CocoLayout
     taxonomy: Taxonomy
-    records: tuple[Record, ...]
+    """The categories of the JSON."""
+    classes: ClassMap
+    """The classes to train on."""
+    records: pa.Table
+    """RECORD: images with one annotation, in ascending image id. Their files need not exist."""
     annotations_sha256: str
+    findings: Findings
+    """What is wrong with the JSON by itself."""
+
+    def without(self, image_ids: Iterable[int]) -> "CocoDataset":
+        """Return the data set without the records of some images."""
+        left_out = np.array(list(image_ids), np.int64)
+        return replace(self, records=self.records.filter(~np.isin(self.records["image_id"].to_numpy(), left_out)))
 
 
-def read_coco(layout: CocoLayout) -> CocoDataset:
-    """Read the annotation JSON and check all that needs no pixels.
+def read_coco(layout: CocoLayout, classes: Location | None = None) -> CocoDataset:
+    """Read the annotation JSON entry by entry, and check all that needs no other file.
+
+    Args:
+        classes: a YAML file that changes the classes, see `ClassMap`.
 
     Raises:
-        UserError: it is not a COCO panoptic JSON, has no images, is inconsistent, or names a missing file.
+        UserError: it is not a COCO panoptic JSON, or has no images, or no category is usable, or no image file exists,
+            or the classes cannot be changed as the file says.
     """
-    try:
-        content = layout.annotations.read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read {layout.annotations}: {error}. Make it readable and run this again.") from error
-    document = _parse(content, layout.annotations)
-    images, annotations = document["images"], document["annotations"]
-    if not images:
-        raise UserError(f"{layout.annotations} holds no images; give the annotations of another split.")
-    try:
-        taxonomy = Taxonomy.from_coco(document["categories"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{layout.annotations} has unusable categories. {error}") from error
-
+    findings = Findings()
+    report = partial(findings.add, file=str(layout.annotations))
+    document = JsonLists(layout.annotations)
+    images, annotations = _Rows(_IMAGE), _Rows(_ANNOTATION)
+    categories: list[Any] = []
+    for part, number, entry in document:
+        if part == "images":
+            images.append(image_row(entry, number, report))
+        elif part == "annotations":
+            if number == 0:
+                _refuse_other_kinds(entry, layout)
+            annotations.append(annotation_row(entry, number, report))
+        elif part == "categories":
+            categories.append(entry)
+    _require_lists(document, layout)
+    class_map = _changed_classes(classes, categories) if classes is not None else None
+    taxonomy = read_categories(categories, str(layout.annotations), findings)
+    if class_map is None:
+        class_map = ClassMap.from_coco(taxonomy.to_coco())
+    # Rows with a null are joined too, so that their partner does not count as alone.
     records = _join(
-        _by_image(images, "id", "images", layout), _by_image(annotations, "image_id", "annotations", layout), layout
+        _one_each(images.table(), "image-id-repeated", "entries in images", report),
+        _one_each(annotations.table(), "annotation-repeated", "annotations", report),
+        report,
     )
-    _require_categories(records, taxonomy, layout)
-    _require_files(layout.images, {record.image_file: record.image_id for record in records}, "images", "--images")
-    _require_files(layout.panoptic, {record.panoptic_file: record.image_id for record in records}, "PNGs", "--panoptic")
-    return CocoDataset(layout, taxonomy, records, sha256(content))
+    if not len(records):
+        first = next(iter(findings.examples.values()))[0]
+        raise UserError(f"No image of {layout.annotations} can be used. First: {first}")
+    _find_repeated_files(records, "image_file", "image-file-repeated", layout.images, findings)
+    _find_repeated_files(records, "panoptic_file", "png-file-repeated", layout.panoptic, findings)
+    _require_files(layout.images, records["image_file"], "images", "--images")
+    _require_files(layout.panoptic, records["panoptic_file"], "PNGs", "--panoptic")
+    return CocoDataset(
+        layout=layout,
+        taxonomy=taxonomy,
+        classes=class_map,
+        records=records,
+        annotations_sha256=document.sha256,
+        findings=findings,
+    )
+
+
+def _changed_classes(file: Location, categories: list[Any]) -> ClassMap | None:
+    """Return the map, and add what it says to categories without `isthing`; None if the categories are unusable."""
+    try:
+        classes = ClassMap.read(file, categories)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None  # reading the categories one by one says why
+    for number, entry in enumerate(categories):
+        category = classes.category_of[entry["id"]]
+        isthing = category is None or classes.taxonomy.is_thing(classes.taxonomy.class_index(category))
+        categories[number] = {"isthing": int(isthing), **entry}
+    return classes
+
+
+class _Rows:
+    """Rows of a table, held as Arrow columns: a tenth of the memory of Python objects."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._batches: list[pa.RecordBatch] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, row: dict[str, Any] | None) -> None:
+        if row is not None:
+            self._rows.append(row)
+        if len(self._rows) == _ROWS_PER_BATCH:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        self._flush()
+        return pa.Table.from_batches(self._batches, self._schema)
+
+    def _flush(self) -> None:
+        self._batches.append(pa.RecordBatch.from_pylist(self._rows, self._schema))
+        self._rows = []
 
 
 def _folder(given: str | None, candidates: list[Location], what: str, flag: str) -> Location:
@@ -150,126 +214,84 @@ def _folder(given: str | None, candidates: list[Location], what: str, flag: str)
     raise UserError(f"There is no folder of {what} at {locations}; create it, or name the folder with {flag}.")
 
 
-def _parse(content: bytes, file: Location) -> dict[str, Any]:
-    try:
-        document = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            f"it may be truncated, so download or write it again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a JSON text ({error.reason}); give a COCO panoptic JSON file.") from error
-    keys = ("images", "annotations", "categories")
-    missing = [key for key in keys if not isinstance(document, dict) or not isinstance(document.get(key), list)]
+def _refuse_other_kinds(annotation: Any, layout: CocoLayout) -> None:
+    for key, kind in (("segmentation", "instances (detection)"), ("caption", "captions")):
+        if isinstance(annotation, dict) and "segments_info" not in annotation and key in annotation:
+            raise UserError(
+                f"{layout.annotations} has {kind} annotations, without segments_info; give the panoptic file of the "
+                f"same split, such as panoptic_val2017.json, with --annotations."
+            )
+
+
+def _require_lists(document: JsonLists, layout: CocoLayout) -> None:
+    missing = [key for key in ("images", "annotations", "categories") if key not in document.lists]
     if missing:
-        found = sorted(document) if isinstance(document, dict) else f"a {type(document).__name__}"
+        keys = sorted([*document.lists, *document.others])
+        found = keys if document.kind == "dict" else f"a {document.kind}"
         raise UserError(
-            f"{file} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got {found}; "
+            f"{layout.annotations} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got {found}; "
             f"give a file such as panoptic_val2017.json."
         )
-    annotations = document["annotations"]
-    if annotations and isinstance(annotations[0], dict) and "segments_info" not in annotations[0]:
-        kind = "instances (detection)" if "segmentation" in annotations[0] else "other"
-        raise UserError(
-            f"{file} has {kind} annotations, without segments_info; give the panoptic file of the same split, "
-            f"such as panoptic_val2017.json, with --annotations."
-        )
-    return document
+    if not document.lists["images"]:
+        raise UserError(f"{layout.annotations} holds no images; give the annotations of another split.")
 
 
-def _by_image(entries: list[Any], key: str, part: str, layout: CocoLayout) -> dict[int, dict[str, Any]]:
-    where = f"{part} of {layout.annotations}"
-    entry_of = {_value(entry, key, int, where): entry for entry in entries}
-    outside = [image_id for image_id in entry_of if not 0 <= image_id <= _MAX_IMAGE_ID]
-    if outside:
-        raise UserError(
-            f"The image id {outside[0]} in the {where} does not lie in 0..{_MAX_IMAGE_ID} ({len(outside)} such ids in "
-            f"total); renumber the images."
-        )
-    if len(entry_of) < len(entries):
-        repeated = [image_id for image_id, count in Counter(entry[key] for entry in entries).items() if count > 1]
-        raise UserError(
-            f"The image id {repeated[0]} occurs more than once in the {where} ({len(repeated)} such ids in total); "
-            f"give each image a unique id and one annotation."
-        )
-    return entry_of
+def _one_each(table: pa.Table, code: str, what: str, report: Report) -> pa.Table:
+    """Return the first row of each image, in ascending image id."""
+    ids, first, counts = np.unique(table["image_id"].to_numpy(), return_index=True, return_counts=True)
+    for image_id, count in zip(ids[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+        report(code, image_id=image_id, what=f"the image id {image_id} has {count} {what}")
+    in_order = len(first) == len(table) and bool(np.all(first == np.arange(len(table))))
+    return table if in_order else table.take(first)
 
 
-def _join(
-    images: Mapping[int, dict[str, Any]], annotations: Mapping[int, dict[str, Any]], layout: CocoLayout
-) -> tuple[Record, ...]:
-    for image_id, entry in annotations.items():
-        if image_id not in images:
-            raise UserError(
-                f"The annotation {entry.get('file_name')} of image {image_id} has no entry in the images of "
-                f"{layout.annotations} ({len(annotations.keys() - images.keys())} such annotations in total); "
-                f"add the image entries or remove the annotations."
-            )
-    for image_id, entry in images.items():
-        if image_id not in annotations:
-            raise UserError(
-                f"The image {entry.get('file_name')}, id {image_id}, has no annotation in {layout.annotations} "
-                f"({len(images.keys() - annotations.keys())} such images in total); add the annotations or remove the "
-                f"image entries."
-            )
-    return tuple(_record(images[image_id], annotations[image_id], image_id, layout) for image_id in sorted(images))
-
-
-def _record(image: dict[str, Any], annotation: dict[str, Any], image_id: int, layout: CocoLayout) -> Record:
-    of_image = f"entry of image {image_id} in the images of {layout.annotations}"
-    of_annotation = f"annotation of image {image_id} in {layout.annotations}"
-    return Record(
-        image_id=image_id,
-        image_file=_value(image, "file_name", str, of_image),
-        panoptic_file=_value(annotation, "file_name", str, of_annotation),
-        height=_value(image, "height", int, of_image),
-        width=_value(image, "width", int, of_image),
-        segments=tuple(
-            _segment(segment, f"segments_info in the {of_annotation}")
-            for segment in _value(annotation, "segments_info", list, of_annotation)
+def _join(images: pa.Table, annotations: pa.Table, report: Report) -> pa.Table:
+    listed, annotated = images["image_id"].to_numpy(), annotations["image_id"].to_numpy()
+    both = np.intersect1d(listed, annotated, assume_unique=True)
+    for table, ids, column, code, what in (
+        (images, listed, "image_file", "image-without-annotation", "the image {!r}, id {}, has no annotation"),
+        (
+            annotations,
+            annotated,
+            "panoptic_file",
+            "annotation-without-image",
+            "the image of {!r}, id {}, is not listed",
         ),
-    )
+    ):
+        alone = np.flatnonzero(~np.isin(ids, both, assume_unique=True))
+        for row in alone.tolist():
+            image_id = int(ids[row])
+            report(code, image_id=image_id, what=what.format(table[column][row].as_py(), image_id))
+    images, annotations = _only(images, listed, both), _only(annotations, annotated, both)
+    columns = [(images if name in images.column_names else annotations)[name] for name in RECORD.names]
+    records = pa.table(columns, schema=RECORD)
+    return records.drop_null() if any(column.null_count for column in columns) else records  # which copies
 
 
-def _segment(entry: Any, where: str) -> AnnotatedSegment:
-    segment = AnnotatedSegment(
-        id=_value(entry, "id", int, where),
-        category_id=_value(entry, "category_id", int, where),
-        iscrowd=bool(_value(entry, "iscrowd", int, where)),
-    )
-    if "area" in entry:
-        segment["area"] = entry["area"]
-    if "bbox" in entry:
-        segment["bbox"] = entry["bbox"]
-    return segment
+def _only(table: pa.Table, ids: np.ndarray, wanted: np.ndarray) -> pa.Table:
+    return table if len(wanted) == len(ids) else table.filter(np.isin(ids, wanted, assume_unique=True))
 
 
-def _value(entry: Any, key: str, kind: type[Any], where: str) -> Any:
-    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        got = json.dumps(entry)[:200]
-        raise UserError(f"The {where} has no {key} of type {kind.__name__}, got {got}; add or correct it.")
-    return entry[key]
-
-
-def _require_categories(records: Sequence[Record], taxonomy: Taxonomy, layout: CocoLayout) -> None:
-    unknown = [
-        (record, segment) for record in records for segment in record.segments if segment["category_id"] not in taxonomy
-    ]
-    if unknown:
-        record, segment = unknown[0]
-        raise UserError(
-            f"Segment {segment['id']} of {record.panoptic_file}, image {record.image_id}, has category "
-            f"{segment['category_id']}, which is not among the categories of {layout.annotations} ({len(unknown)} such "
-            f"segments in total); add the category or correct the segment."
+def _find_repeated_files(records: pa.Table, column: str, code: str, folder: Location, findings: Findings) -> None:
+    numbers = records[column].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, which = np.unique(numbers, return_index=True, return_inverse=True)
+    first = first[which]  # for each row the first with the same file
+    for row in np.flatnonzero(first != np.arange(len(records))).tolist():
+        other = records["image_id"][int(first[row])].as_py()
+        findings.add(
+            code,
+            file=str(folder / records[column][row].as_py()),
+            image_id=records["image_id"][row].as_py(),
+            what=f"the file also belongs to image {other}",
         )
 
 
-def _require_files(folder: Location, image_of: Mapping[str, int], what: str, flag: str) -> None:
-    existing = set(folder.names())
-    missing = [name for name in image_of if name not in existing]
-    if missing:
+def _require_files(folder: Location, names: pa.ChunkedArray, what: str, flag: str) -> None:
+    """Look for a few of the files; if none exists, the folder is another one."""
+    places = np.unique(np.linspace(0, len(names) - 1, _FILES_TO_LOOK_FOR, dtype=int)) if len(names) else []
+    sought = [names[int(place)].as_py() for place in places]
+    if sought and not any((folder / name).exists() for name in sought):
         raise UserError(
-            f"{folder / missing[0]}, for image {image_of[missing[0]]}, does not exist ({len(missing)} of "
-            f"{len(image_of)} {what} are missing in total); add the files, or name their folder with {flag}."
+            f"{folder / escaped(sought[0])} does not exist, nor do {len(sought) - 1} others of the {len(names)} {what} "
+            f"that were looked for; add the files, or name their folder with {flag}."
         )

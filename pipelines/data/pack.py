@@ -1,4 +1,4 @@
-"""Pack a COCO panoptic data set: check all of it, then write shards, index and manifest (see manifest.py).
+"""Pack a COCO panoptic data set that was checked: write shards, index and manifest (see manifest.py).
 
 A pack is a pure function of its input, so an interrupted one can be resumed and ends with the same bytes.
 """
@@ -7,43 +7,41 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskformer.taxonomy import Taxonomy
-from pipelines.data.coco import CocoLayout, Record, read_coco
+from pipelines.data.coco import CocoDataset
+from pipelines.data.findings import escaped
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
-from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
-from pipelines.data.schema import FILES, INDEX, PACKED
-from pipelines.data.validate import Fault, validate
+from pipelines.data.schema import INDEX
+from pipelines.data.shards import TASK, WRITTEN, WriteShard, shard_file
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.storage import Location, locate, sha256
-
-logger = logging.getLogger(__name__)
-
-_THREADS = min(32, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """How a data set is divided into shards."""
 
-    rows_per_shard: int = 256
-    """Images per shard. 256 images of COCO are about 40 MB."""
+    shard_megabytes: int = 128
+    """Size of a shard in MB. A larger image has a shard of its own."""
+    rows_per_shard: int = 4096
+    """Most images in a shard."""
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise UserError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}; use 256 for COCO.")
+        for name, value in (("shard-megabytes", self.shard_megabytes), ("rows-per-shard", self.rows_per_shard)):
+            if value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,53 +52,107 @@ class PackReport:
     manifest: Manifest
     was_complete: bool
     """The pack was complete already, and the images were not opened."""
-    warnings: tuple[Fault, ...]
-    """Faults of the data set that do not prevent training."""
 
 
-def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
-    """Check all of a data set, then pack it into the folder `output`, resuming an interrupted pack.
+def open_output(dataset: CocoDataset, output: str, config: PackConfig, skip_bad: bool = False) -> PackReport | None:
+    """Refuse an output folder that cannot take the pack; return the pack if it is complete already.
 
-    Packs have the same input if annotation JSON, split and configuration are equal. Images that were replaced under
-    an unchanged JSON are not noticed; pack them into a new folder.
+    Args:
+        skip_bad: images may have been left out of the pack.
 
     Raises:
-        UserError: the data has errors, `output` has other files, or it cannot be written. Unless writing itself
-            failed, nothing was written.
+        UserError: `output` has other files or the pack of another input, or it cannot be written.
     """
-    dataset = read_coco(layout)
     folder = locate(output)
-    chunks = _cut(dataset.records, config.rows_per_shard)
-    source = {
-        "version": VERSION,
-        "split": layout.split,
-        "annotations_sha256": dataset.annotations_sha256,
-        "rows_per_shard": config.rows_per_shard,
-    }
-    expected = {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *chunks}
+    left_out: list[int] = []
+    if skip_bad and (folder / STATE_FILE).exists():
+        left_out = _read_state(folder / STATE_FILE)[0].get("left_out", [])
+    chunks, source = _plan(dataset.without(left_out), config, left_out)
+    expected = _files(chunks)
+    _shards_written(folder, source, expected)
+    if expected <= set(folder.names()):
+        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True)
+    require_writable(folder / MANIFEST_FILE)
+    return None
+
+
+def require_writable(file: Location) -> None:
+    """Write a file beside `file`, in a folder that is created if necessary, and remove both again.
+
+    Raises:
+        UserError: the folder cannot be written, or `file` is a folder.
+    """
+    if file.is_dir():
+        raise UserError(f"{escaped(file.uri)} is a folder; give the name of a file.")
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    probe = replace(file, path=f"{file.path}{suffix}", uri=f"{file.uri}{suffix}")
+    created = [folder for folder in Path(file.path).parents if file.is_local and not folder.exists()]
+    try:
+        probe.write_bytes(b"")
+        probe.delete()
+    except UserError:
+        raise
+    except OSError as error:  # such as ENOENT, in /proc
+        raise UserError(
+            f"Cannot write {escaped(file.uri)}: {error.strerror or error}. Choose a folder that can be created and "
+            f"written."
+        ) from error
+    finally:
+        with suppress(OSError):
+            for folder in created:
+                folder.rmdir()
+
+
+def pack(
+    dataset: CocoDataset,
+    output: str,
+    config: PackConfig,
+    left_out: Collection[int] = (),
+    in_process: bool = False,
+) -> PackReport:
+    """Pack a data set that was checked into the folder `output`, resuming an interrupted pack.
+
+    Ray Data writes each shard in a task. Packs have the same input if the annotation JSON, the names and sizes of the
+    files, split, classes, configuration and left-out images are equal.
+
+    Args:
+        left_out: ids of images that are not packed.
+        in_process: write all shards in this process, without Ray, which is faster for a few images.
+
+    Raises:
+        UserError: `output` has other files or the pack of another input, or it cannot be written, or a file was changed
+            since it was checked.
+    """
+    folder = locate(output)
+    dataset = dataset.without(left_out)
+    chunks, source = _plan(dataset, config, left_out)
+    expected = _files(chunks)
     shards = _shards_written(folder, source, expected)
     if expected <= set(folder.names()):
-        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True, warnings=())
-
-    faults = validate(dataset, _THREADS)
-    _refuse_errors(faults, len(dataset.records))
+        return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True)
 
     for name in _temporaries(folder, expected):
         (folder / name).delete()
     _write_state(folder, source, shards)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for name, records in progress(chunks.items(), len(chunks), "shards packed"):
-            if name in shards and _is_intact(folder, shards[name]):
-                logger.info("%s is already packed", name)
-                continue
-            rows = list(pool.map(partial(packed_row, layout, dataset.taxonomy), records))
-            shards[name] = _write(folder / name, _shard(rows), len(rows))
-            _write_state(folder, source, shards)
+    tasks = [_task(number, chunk, shards.get(shard_file(number))) for number, chunk in enumerate(chunks)]
+    write = WriteShard(dataset.layout, dataset.classes, folder)
+    parts: list[pa.Table] = [WRITTEN.empty_table()] * len(tasks)
+    for written in progress(map(write, tasks) if in_process else _on_ray(write, tasks), len(tasks), "shards packed"):
+        number = written["shard"][0].as_py()
+        parts[number] = written
+        shards[shard_file(number)] = PackedFile(
+            file=shard_file(number),
+            rows=len(written),
+            bytes=written["shard_bytes"][0].as_py(),
+            sha256=written["shard_sha256"][0].as_py(),
+        )
+        _write_state(folder, source, shards)
 
-    index = pa.concat_tables(
-        index_of((folder / name).read_bytes(), number, dataset.taxonomy) for number, name in enumerate(chunks)
-    )
-    index_file = _write(folder / INDEX_FILE, _parquet(index), len(index))
+    index = pa.concat_tables(parts).select(INDEX.names).cast(INDEX)
+    sink = io.BytesIO()
+    pq.write_table(index, sink, compression="zstd")
+    content = sink.getvalue()
+    (folder / INDEX_FILE).write_bytes(content)
     manifest = {
         "version": VERSION,
         "num_images": len(index),
@@ -108,19 +160,79 @@ def pack(layout: CocoLayout, output: str, config: PackConfig) -> PackReport:
         "num_things": sum(index["num_things"].to_pylist()),
         "source": source,
         "fingerprint": sha256(json.dumps(source, sort_keys=True).encode()),
-        "categories": dataset.taxonomy.to_coco(),
-        "shards": [asdict(shards[name]) for name in chunks],
-        "index": asdict(index_file),
+        "categories": dataset.classes.taxonomy.to_coco(),
+        "shards": [asdict(shards[shard_file(number)]) for number in range(len(chunks))],
+        "index": {"file": INDEX_FILE, "rows": len(index), "bytes": len(content), "sha256": sha256(content)},
     }
     _write_json(folder / MANIFEST_FILE, manifest)
-    return PackReport(output=folder, manifest=read_manifest(folder), was_complete=False, warnings=tuple(faults))
+    return PackReport(output=folder, manifest=read_manifest(folder), was_complete=False)
 
 
-def _cut(records: Sequence[Record], rows_per_shard: int) -> dict[str, Sequence[Record]]:
-    starts = range(0, len(records), rows_per_shard)
-    return {
-        f"shard-{number:05d}.parquet": records[start : start + rows_per_shard] for number, start in enumerate(starts)
+def _on_ray(write: WriteShard, tasks: list[pa.Table]) -> Iterator[pa.Table]:
+    """Apply the operator to each table in a Ray Data task; yield the results in any order."""
+    import ray.data  # a pack of a few images is made without it
+
+    from pipelines.data.stream import original_errors
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_arrow(tasks).map_batches(write, batch_size=None, batch_format="pyarrow")
+    dataset.set_name("pack")
+    dataset.context.enable_progress_bars = False
+    with original_errors():
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -> tuple[list[pa.Table], dict[str, Any]]:
+    """Return the records of each shard, and what the pack is a function of."""
+    layout, records, classes = dataset.layout, dataset.records, dataset.classes
+    sizes = np.zeros(len(records), np.int64)
+    digest = hashlib.sha256()
+    for folder, column in ((layout.images, "image_file"), (layout.panoptic, "panoptic_file")):
+        size_of = folder.sizes()
+        of_column = np.array([size_of.get(name, 0) for name in records[column].to_pylist()], np.int64)
+        digest.update(of_column.tobytes())
+        sizes += of_column
+    source = {
+        "version": VERSION,
+        "split": layout.split,
+        "annotations_sha256": dataset.annotations_sha256,
+        "sizes_sha256": digest.hexdigest(),
+        "shard_megabytes": config.shard_megabytes,
+        "rows_per_shard": config.rows_per_shard,
+        **({"classes": classes.to_json()} if classes.changed else {}),
+        **({"left_out": sorted(left_out)} if left_out else {}),
     }
+    return [records.slice(start, end - start) for start, end in cut(sizes, config)], source
+
+
+def cut(sizes: np.ndarray, config: PackConfig) -> list[tuple[int, int]]:
+    """Divide images among shards; return the first image of each shard and the one after its last.
+
+    Args:
+        sizes: [N] bytes of the files of each image.
+    """
+    most, ends = config.shard_megabytes * 1_000_000, np.cumsum(sizes)
+    bounds: list[tuple[int, int]] = []
+    start = 0
+    while start < len(sizes):
+        before = ends[start - 1] if start else 0
+        end = int(np.searchsorted(ends, before + most, "right"))
+        end = min(max(end, start + 1), start + config.rows_per_shard)
+        bounds.append((start, end))
+        start = end
+    return bounds
+
+
+def _task(number: int, records: pa.Table, before: PackedFile | None) -> pa.Table:
+    columns = (pa.array([number] * len(records)), pa.array([before.sha256 if before else None] * len(records)))
+    table = records.take(list(range(len(records))))  # a copy, since pickling a slice pickles the entire table
+    for field, values in zip((TASK.field("shard"), TASK.field("written")), columns, strict=True):
+        table = table.append_column(field, values.cast(field.type))
+    return table
+
+
+def _files(chunks: Sequence[pa.Table]) -> set[str]:
+    return {STATE_FILE, INDEX_FILE, MANIFEST_FILE, *map(shard_file, range(len(chunks)))}
 
 
 def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]) -> dict[str, PackedFile]:
@@ -134,7 +246,9 @@ def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]
         foreign = names - expected
         before, shards = _read_state(folder / STATE_FILE)
         differing = [
-            f"{key} is {value}, was {before.get(key)}" for key, value in source.items() if before.get(key) != value
+            f"{key} is {str(source.get(key))[:80]}, was {str(before.get(key))[:80]}"
+            for key in {**source, **before}
+            if before.get(key) != source.get(key)
         ]
         if differing:
             raise UserError(
@@ -170,105 +284,6 @@ def _read_state(file: Location) -> tuple[dict[str, Any], dict[str, PackedFile]]:
         raise UserError(
             f"{file} was not written by prepare_data.py ({error!r}); give a new or empty folder with --output."
         ) from error
-
-
-def _refuse_errors(faults: Sequence[Fault], num_records: int) -> None:
-    errors = [fault for fault in faults if fault.severity == "error"]
-    if not errors:
-        return
-    others = ", ".join(f"{code} {count}" for code, count in sorted(Counter(fault.code for fault in errors[1:]).items()))
-    images = len({fault.image_id for fault in errors})
-    raise UserError(
-        f"The data set has errors, so nothing was packed. First: {errors[0]} Others: {others or 'none'}; "
-        f"{images} of {num_records} images are affected."
-    )
-
-
-def packed_row(layout: CocoLayout, taxonomy: Taxonomy, record: Record) -> dict[str, Any]:
-    """Read the files of an image that was checked; return its PACKED row."""
-    panoptic = (layout.panoptic / record.panoptic_file).read_bytes()
-    plane, classes = index_map(decode_panoptic(panoptic), record.segments, taxonomy)
-    return {
-        "image_id": record.image_id,
-        "file_name": record.image_file,
-        "height": record.height,
-        "width": record.width,
-        "image": (layout.images / record.image_file).read_bytes(),
-        "panoptic": panoptic,
-        "segments": [{key: segment[key] for key in ("id", "category_id", "iscrowd")} for segment in record.segments],
-        "index_map": compress_index_map(plane, len(classes)),
-        "classes": classes.tolist(),
-    }
-
-
-def _shard(rows: list[dict[str, Any]]) -> bytes:
-    # One row group per row, so that reading a row takes one read of only its bytes. The cost, measured with 11 segments
-    # per row: 620 bytes of footer and 480 bytes of column headers per row. A reader parses the footer once per open
-    # file. Images are compressed already, and no query filters by column, hence no compression and no statistics.
-    return _parquet(
-        pa.Table.from_pylist(rows, schema=PACKED),
-        row_group_size=1,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-    )
-
-
-def index_of(content: bytes, shard: int, taxonomy: Taxonomy) -> pa.Table:
-    """Return the INDEX rows of the shard number `shard` with this content."""
-    file = pq.ParquetFile(pa.BufferReader(content))
-    rows: list[dict[str, Any]] = []
-    for number in range(file.num_row_groups):
-        packed = file.read_row_group(number).to_pylist()[0]
-        group = file.metadata.row_group(number)
-        classes = [taxonomy.class_index(s["category_id"]) for s in packed["segments"] if not s["iscrowd"]]
-        files = {
-            name: _part(content, group.column(column), packed[name])
-            for column, name in enumerate(_leaves(group))
-            if name in FILES
-        }
-        rows.append(
-            {
-                **packed,
-                **files,
-                "num_things": sum(map(taxonomy.is_thing, classes)),
-                "num_segments": len(classes),
-                "shard": shard,
-                "row": number,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=INDEX)
-
-
-def _leaves(group: pq.RowGroupMetaData) -> list[str]:
-    return [group.column(column).path_in_schema for column in range(group.num_columns)]
-
-
-def _part(content: bytes, column: pq.ColumnChunkMetaData, value: bytes) -> dict[str, Any]:
-    """Return where the only value of a column is in the shard, and its hash.
-
-    A plain, uncompressed column of one value ends with its bytes.
-    """
-    offset = column.data_page_offset + column.total_compressed_size - len(value)
-    if content[offset : offset + len(value)] != value:
-        raise AssertionError(f"The column {column.path_in_schema} does not end with its value.")
-    return {"offset": offset, "bytes": len(value), "sha256": hashlib.sha256(value).digest()}
-
-
-def _parquet(table: pa.Table, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **options)
-    return sink.getvalue()
-
-
-def _write(file: Location, content: bytes, rows: int) -> PackedFile:
-    file.write_bytes(content)
-    return PackedFile(file=file.name, rows=rows, bytes=len(content), sha256=sha256(content))
-
-
-def _is_intact(folder: Location, shard: PackedFile) -> bool:
-    file = folder / shard.file
-    return file.exists() and sha256(file.read_bytes()) == shard.sha256
 
 
 def _write_json(file: Location, value: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.storage import locate
 
+PACK_AGAIN = "Delete the pack and run prepare_data.py again"
+
 
 class UnusableRowError(Exception):
     """A packed row that is missing, damaged or not usable. The message is a sentence without its full stop."""

@@ -1,8 +1,8 @@
-"""The schemas of the data pipeline: four pyarrow schemas, each with a name and a version.
+"""The schemas of the data pipeline: five pyarrow schemas, each with a name and a version.
 
-The packer writes PACKED and INDEX. Ray Data tasks read both and return AUGMENTED for training or RESIZED for
-inference, and the receiver of a batch checks its schema. Name and version are in the schema's metadata. A change of
-meaning needs a new version even if no type changes.
+An annotation JSON is read to RECORD. The packer writes PACKED and INDEX. Ray Data tasks read both and return AUGMENTED
+for training or RESIZED for inference, and the receiver of a batch checks its schema. Name and version are in the
+schema's metadata. A change of meaning needs a new version even if no type changes.
 """
 
 import pyarrow as pa
@@ -13,6 +13,34 @@ _NAME, _VERSION = b"maskformer.schema", b"maskformer.version"
 def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={_NAME: name.encode(), _VERSION: str(version).encode()})
 
+
+RECORD = _schema(
+    "record",
+    1,
+    [
+        pa.field("image_id", pa.int64()),
+        pa.field("image_file", pa.string()),  # relative to the folder of the images
+        pa.field("panoptic_file", pa.string()),  # relative to the folder of the PNGs
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field(
+            "segments",  # in the annotation's order
+            pa.list_(
+                pa.struct(
+                    [
+                        ("id", pa.int64()),
+                        ("category_id", pa.int64()),
+                        ("iscrowd", pa.bool_()),
+                        # What is derived from the pixels is optional, and is checked but not used.
+                        ("area", pa.int64()),
+                        ("bbox", pa.list_(pa.float64())),
+                    ]
+                )
+            ),
+        ),
+    ],
+)
+"""One row is one annotated image of an annotation JSON. Values of segments are null where they are not usable."""
 
 _SEGMENTS = pa.list_(pa.struct([("id", pa.int32()), ("category_id", pa.int32()), ("iscrowd", pa.bool_())]))
 _PART = pa.struct([("offset", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.binary(32))])
@@ -31,7 +59,9 @@ PACKED = _schema(
         pa.field("segments", _SEGMENTS),  # in the annotation's order; ids are those of the PNG, R + 256 G + 65536 B
         pa.field("classes", pa.list_(pa.int16())),  # class index of each number of the index map, from 1 on
         # Evaluation reads the first two of these, training the last two, in one piece.
-        pa.field("panoptic", pa.large_binary()),  # the panoptic PNG's bytes, untouched
+        pa.field(
+            "panoptic", pa.large_binary()
+        ),  # the panoptic PNG's bytes, untouched unless classes were merged or dropped
         pa.field("image", pa.large_binary()),  # the image file's bytes, untouched
         # What training reads in place of the PNG, see `pixels.index_map`: zstd of height * width numbers, row-major.
         # uint8, or little-endian uint16 for more than 255 classes above.

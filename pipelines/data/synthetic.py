@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskformer.coco_format import encode_ids
-from pipelines.data.coco import CocoLayout
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.pack import PackConfig, pack
 from pipelines.errors import UserError
 from pipelines.storage import locate
@@ -157,7 +157,8 @@ def draw_and_pack(folder: str | Path, config: SyntheticConfig, pack_config: Pack
     """
     packed = f"{folder}/{config.split}"
     draw_dataset(f"{folder}/coco", config)
-    pack(CocoLayout.find(f"{folder}/coco", config.split), packed, pack_config or PackConfig())
+    layout = CocoLayout.find(f"{folder}/coco", config.split)
+    pack(read_coco(layout), packed, pack_config or PackConfig(), in_process=True)  # not checked: it was drawn here
     return packed
 
 

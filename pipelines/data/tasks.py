@@ -17,12 +17,10 @@ from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.augment_config import AugmentConfig
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decompress_index_map, index_map_type
-from pipelines.data.reading import UnusableRowError, read_files, unusable
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files, unusable
 from pipelines.data.schema import AUGMENTED, RESIZED
 from pipelines.errors import UserError
 from pipelines.storage import patience
-
-_PACK_AGAIN = "Delete the pack and run prepare_data.py again"
 
 _REPLACEMENTS, _REPLACEMENTS_PER_SHARD = 12, 4
 """Images to try in place of one that cannot be read. A whole shard may be missing, hence the limit per shard."""
@@ -62,7 +60,7 @@ class LoadAndAugment:
             sample = self._load(entry)
         except UnusableRowError as error:
             if not self.skip:
-                hint = f"{_PACK_AGAIN}, or use --data.damaged skip to train on other images in its place."
+                hint = f"{PACK_AGAIN}, or use --data.damaged skip to train on other images in its place."
                 raise UserError(f"{error}. {hint}") from error
             image_id, sample = self._replacement(index, error)
             skipped = f"{error}. Image {image_id} took its place."
@@ -85,9 +83,7 @@ class LoadAndAugment:
                 return entry["image_id"], self._load(entry)
             except UnusableRowError:
                 continue
-        raise UserError(
-            f"{error}. Nor can {len(tried)} images after it be used in its place. {_PACK_AGAIN}."
-        ) from error
+        raise UserError(f"{error}. Nor can {len(tried)} images after it be used in its place. {PACK_AGAIN}.") from error
 
 
 def decoded_sample(image: bytes | memoryview, index_map: bytes | memoryview, entry: Mapping[str, Any]) -> Sample:
@@ -163,9 +159,9 @@ class LoadAndResize:
             panoptic, image = read_files(shard, entry, "panoptic", "image")
             pixels = decode_image(image)
         except UnusableRowError as error:
-            raise UserError(f"{error}. {_PACK_AGAIN}.") from error
+            raise UserError(f"{error}. {PACK_AGAIN}.") from error
         except ValueError as error:
-            raise UserError(f"{unusable(shard, entry, error)}. {_PACK_AGAIN}.") from error
+            raise UserError(f"{unusable(shard, entry, error)}. {PACK_AGAIN}.") from error
         shape = resized_shape(entry["height"], entry["width"], self.short_side, self.long_side)
         return {
             "image_id": entry["image_id"],

@@ -8,16 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image
 
 from maskformer.draw import overlay, segment_numbers
 from maskformer.taxonomy import Taxonomy
-from pipelines.data import stream
-from pipelines.data.augment_config import AugmentConfig
-from pipelines.data.manifest import PackedSet, read_index, read_manifest
-from pipelines.data.order import BatchSplit
+from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map_type
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files, unusable
+from pipelines.data.sample_order import SampleOrder
+from pipelines.data.tasks import LoadAndAugment
 from pipelines.data.view_page import ClassPixels, Figure, page
 from pipelines.errors import UserError
 from pipelines.storage import locate
@@ -28,6 +27,7 @@ _SIDES, _QUALITIES = (1024, 768, 512, 320, 160, 64), (85, 60, 30)
 _LEGIBLE, _ENOUGH = 480, 2048
 """Pixels of the long side below which an image is enlarged for its picture, and above which pixels are left out."""
 _AT_A_TIME = 8  # augmented images in memory
+_PATIENCE = 10.0  # seconds to wait for a storage that does not answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,78 +53,55 @@ class ViewedImage:
     """Why this image takes the place of another."""
 
 
-def packed_images(samples: PackedSet) -> Iterator[dict[str, Any]]:
-    """Yield the PACKED row of each image of the set, read in this process.
-
-    Raises:
-        UserError: a row is damaged or missing.
-    """
-    for shard, row, image_id in zip(
-        samples.shard.tolist(), samples.row.tolist(), samples.image_ids.tolist(), strict=True
-    ):
-        try:
-            yield stream._read_row(samples.shards[shard], row, image_id)
-        except stream._UnusableRowError as error:
-            raise UserError(f"{error}. {stream._PACK_AGAIN}.") from error
-
-
-def augmented_samples(
-    samples: PackedSet,
-    positions: npt.NDArray[np.int64],
-    *,
-    seed: int,
-    augmentation: AugmentConfig,
-    damaged: Literal["stop", "skip"] = "stop",
-) -> pa.Table:
-    """Return the AUGMENTED rows of these positions, as the training stream makes them, computed in this process.
-
-    Raises:
-        UserError: a row is damaged or missing.
-    """
-    replacements = samples if damaged == "skip" else None
-    operator = stream._LoadAndAugment(samples.shards, seed, augmentation, 10.0, replacements)
-    [table] = stream._sample_tables(samples, positions, seed, len(positions))
-    return operator(table)
-
-
 def view_packed(samples: PackedSet, count: int) -> Iterator[ViewedImage]:
-    """Yield `count` images as they were packed, evenly spaced in the set, with all that is annotated."""
-    for row in packed_images(samples.subset(count)):
+    """Yield `count` images as they were packed, evenly spaced in the set, with all that is annotated.
+
+    Raises:
+        UserError: a row is damaged or missing.
+    """
+    for entry in samples.subset(count).index.to_pylist():
+        shard = samples.shards[entry["shard"]]
         try:
-            image, ids = decode_image(row["image"]), decode_panoptic(row["panoptic"])
+            panoptic, content = read_files(shard, entry, "panoptic", "image")
+            image, ids = decode_image(content), decode_panoptic(panoptic)
             if image.shape[:2] != ids.shape:
                 raise ValueError(f"the image has the size {image.shape[:2]}, and its PNG {ids.shape}")
+        except UnusableRowError as error:
+            raise UserError(f"{error}. {PACK_AGAIN}.") from error
         except ValueError as error:
-            raise UserError(
-                f"Image {row['image_id']} of {samples.uri} cannot be drawn: {error}. {stream._PACK_AGAIN}."
-            ) from error
+            raise UserError(f"{unusable(shard, entry, error)}. {PACK_AGAIN}.") from error
         yield ViewedImage(
-            image_id=row["image_id"],
-            file_name=row["file_name"],
-            original=(row["height"], row["width"]),
+            image_id=entry["image_id"],
+            file_name=entry["file_name"],
+            original=(entry["height"], entry["width"]),
             image=image,
             ids=ids,
-            segments=row["segments"],
+            segments=entry["segments"],
         )
 
 
 def view_augmented(
     samples: PackedSet,
+    order: SampleOrder,
     parts: Iterable[tuple[tuple[str, str], npt.NDArray[np.int64]]],
     *,
-    seed: int,
-    augmentation: AugmentConfig,
     damaged: Literal["stop", "skip"] = "stop",
 ) -> Iterator[ViewedImage]:
     """Yield the images at these positions as training sees them.
 
     Args:
+        order: of these samples, with their augmentation.
         parts: the headings that positions belong to, and the positions.
+
+    Raises:
+        UserError: a row is damaged or missing.
     """
-    described = _files(samples)
+    load = LoadAndAugment(samples, order.seed, order.augmentation, _PATIENCE, damaged == "skip")
+    names = samples.index.select(["image_id", "file_name", "height", "width"]).to_pydict()
+    described = {image_id: facts for image_id, *facts in zip(*names.values(), strict=True)}
     for part, positions in parts:
         for some in np.split(positions, range(_AT_A_TIME, len(positions), _AT_A_TIME)):
-            table = augmented_samples(samples, some, seed=seed, augmentation=augmentation, damaged=damaged)
+            table = load(some, *order.samples(some))
             for row in table.to_pylist():
                 shape, classes = (row["height"], row["width"]), row["classes"]
                 file_name, height, width = described[row["image_id"]]
@@ -145,23 +122,13 @@ def view_augmented(
                 )
 
 
-def _files(samples: PackedSet) -> dict[int, tuple[str, int, int]]:
-    """Return file name, height and width of each image by its id."""
-    location = locate(samples.uri)
-    index = read_index(location, read_manifest(location)).select(["image_id", "file_name", "height", "width"])
-    return {
-        image_id: (name, height, width)
-        for image_id, name, height, width in zip(*index.to_pydict().values(), strict=True)
-    }
-
-
 def first_positions(count: int) -> list[tuple[tuple[str, str], npt.NDArray[np.int64]]]:
     """Return the first positions of the order, under no heading."""
     return [(("", ""), np.arange(count, dtype=np.int64))]
 
 
 def step_positions(
-    split: BatchSplit, step: int, total_steps: int
+    order: SampleOrder, step: int, total_steps: int
 ) -> list[tuple[tuple[str, str], npt.NDArray[np.int64]]]:
     """Return the positions of each worker's micro-batches in a step, counted from 0.
 
@@ -173,11 +140,12 @@ def step_positions(
             f"There is no step {step}: steps are counted from 0, and training has {total_steps:,}, so the last is "
             f"{total_steps - 1:,}. Give another --step, or a longer training (--run.epochs, --run.steps)."
         )
+    split = order.split
     require_drawable(split.global_batch, f"--step {step}")
     return [
         ((f"Worker {rank}", f"Micro-batch {turn}" if split.accumulation > 1 else ""), positions)
         for rank in range(split.workers)
-        for turn, positions in enumerate(split.positions(rank, step, step + 1).reshape(split.accumulation, -1))
+        for turn, positions in enumerate(order.positions(rank, step, step + 1).reshape(split.accumulation, -1))
     ]
 
 

@@ -1,6 +1,5 @@
+import json
 import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import pytest
 
 from jobs.prepare_data import main
 from jobs.shared.cli import run
+from pipelines.data.manifest import open_pack
 from tests.pipelines.data.coco_folder import SPLIT, edit_json, json_file, write_coco_folder
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -32,15 +30,73 @@ def prepare(monkeypatch, folder: Path, output: Path, *more: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_summary(monkeypatch, capsys, folder, output):
+@pytest.mark.ray
+def test_summary(ray_session, monkeypatch, capsys, folder, output):
     edit_json(folder, lambda document: document["annotations"][0]["segments_info"][0].update(area=1))
     assert prepare(monkeypatch, folder, output, "--rows-per-shard", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     total = sum(file.stat().st_size for file in output.glob("shard-*"))
-    assert lines[0] == f"5 images, 25 non-crowd segments (10 of things), 3 shards, {total:,} bytes in {output}"
-    assert lines[1].startswith("warning: area 1 times, first in ")
+    assert lines[0] == "5 images checked: 0 errors, 1 warnings, 0 notes; 0 images have an error"
+    assert lines[1] == "warning: area, 1 times: a segment's area differs from its pixels"
+    assert lines[-1] == f"5 images, 25 non-crowd segments (10 of things), 3 shards, {total:,} bytes in {output}"
     assert prepare(monkeypatch, folder, output, "--rows-per-shard", "2") == 0
     assert "packed already: nothing to do" in capsys.readouterr().out
+
+
+def damage(folder: Path) -> None:
+    """Give three of the five images an error, and one of these and another one a warning."""
+    image_ids = [11, 12, 13]
+    (folder / SPLIT / f"{11:012d}.jpg").unlink()
+    (folder / "annotations" / f"panoptic_{SPLIT}" / f"{12:012d}.png").write_bytes(b"broken")
+
+    def change(document):
+        annotations = {annotation["image_id"]: annotation for annotation in document["annotations"]}
+        annotations[13]["segments_info"][0]["category_id"] = 999
+        for image_id in (image_ids[0], 14):
+            annotations[image_id]["segments_info"][0]["area"] = 1
+
+    edit_json(folder, change)
+
+
+@pytest.mark.ray
+def test_check_finds_every_fault_and_writes_nothing(ray_session, monkeypatch, capsys, folder, output, tmp_path):
+    damage(folder)
+    report = tmp_path / "new" / "report.json"
+    assert prepare(monkeypatch, folder, output, "--check", "--report", str(report)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5 images checked: 3 errors, 2 warnings, 0 notes; 3 images have an error"
+    headings = [line.split(", ")[0] for line in lines[1:] if not line.startswith(" ")]
+    assert headings == ["error: category-unknown", "error: image-missing", "error: png-unreadable", "warning: area"]
+    assert json.loads(report.read_text())["images_with_errors"] == [11, 12, 13]
+    assert not output.exists()
+
+
+@pytest.mark.ray
+def test_errors_are_not_packed_unless_their_images_are_left_out(ray_session, monkeypatch, capsys, folder, output):
+    damage(folder)
+    assert prepare(monkeypatch, folder, output) == 1
+    streams = capsys.readouterr()
+    assert streams.out.startswith("5 images checked: 3 errors")
+    assert (
+        "error: The data set has errors, so nothing was packed. Correct them, or leave out the 3 images" in streams.err
+    )
+    assert not output.exists()
+    assert prepare(monkeypatch, folder, output, "--skip-bad") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("2 images, 10 non-crowd segments (4 of things), 1 shards, ")
+    assert lines[-1] == "3 images were left out"
+    packed = open_pack(str(output))
+    assert packed.image_ids.tolist() == [14, 15]
+    assert prepare(monkeypatch, folder, output, "--skip-bad") == 0
+    assert "packed already: nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_another_split_with_the_same_image(ray_session, monkeypatch, capsys, folder, output):
+    (folder / "other").mkdir()
+    (folder / "other" / "copy.jpg").write_bytes((folder / SPLIT / f"{12:012d}.jpg").read_bytes())
+    assert prepare(monkeypatch, folder, output, "--check", "--other-split", "other") == 1
+    assert "error: image-in-other-split, 1 times" in capsys.readouterr().out
 
 
 def remove_images(folder: Path) -> None:
@@ -53,20 +109,8 @@ def zip_pngs(folder: Path) -> None:
     pngs.with_suffix(".zip").touch()
 
 
-def break_image(folder: Path) -> None:
-    next((folder / SPLIT).iterdir()).write_bytes(b"broken")
-
-
 def instances(document) -> None:
     document["annotations"] = [{"image_id": 11, "segmentation": []}]
-
-
-def repeat_image(document) -> None:
-    document["images"].append(document["images"][0])
-
-
-def forget_category(document) -> None:
-    document["categories"].pop()
 
 
 BAD_INPUTS = {
@@ -78,12 +122,7 @@ BAD_INPUTS = {
     "not valid JSON": lambda folder: json_file(folder).write_text('{"images": ['),
     "no list categories": lambda folder: edit_json(folder, lambda document: document.pop("categories")),
     "holds no images": lambda folder: edit_json(folder, lambda document: document.update(images=[], annotations=[])),
-    "does not exist": lambda folder: next((folder / SPLIT).iterdir()).unlink(),
-    "has no entry": lambda folder: edit_json(folder, lambda document: document["images"].pop()),
-    "has no annotation": lambda folder: edit_json(folder, lambda document: document["annotations"].pop()),
-    "more than once": lambda folder: edit_json(folder, repeat_image),
-    "which is not among the categories": lambda folder: edit_json(folder, forget_category),
-    "image-unreadable": break_image,
+    "does not exist, nor do 4 others": lambda folder: [file.unlink() for file in (folder / SPLIT).iterdir()],
 }
 
 
@@ -99,39 +138,38 @@ def test_bad_input_exits_2_with_one_paragraph(monkeypatch, capsys, folder, outpu
     assert not output.exists()
 
 
-@pytest.mark.parametrize("arguments", [("--rows-per-shard", "0"), ("--rows-per-shard", "few"), ("--skip",)])
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])
+@pytest.mark.parametrize("flag", ["--output", "--report"])
+def test_a_place_that_cannot_be_written_is_found_before_the_check(monkeypatch, capsys, folder, output, flag, place):
+    assert prepare(monkeypatch, folder, output, flag, place) == 2
+    (paragraph,) = capsys.readouterr().err.splitlines()
+    assert paragraph.startswith("error: Cannot ")
+    assert place in paragraph
+    assert not output.exists()
+
+
+def test_a_pack_needs_a_place(monkeypatch, capsys, folder):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--input", str(folder), "--split", SPLIT])
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    assert "Give --output FOLDER, or --check" in capsys.readouterr().err
+
+
+BAD_FLAGS = [("--rows-per-shard", "0"), ("--rows-per-shard", "few"), ("--skip",), ("--max-void-share", "50")]
+
+
+@pytest.mark.parametrize("arguments", BAD_FLAGS)
 def test_bad_flags_exit_2(monkeypatch, folder, output, arguments):
     assert prepare(monkeypatch, folder, output, *arguments) == 2
     assert not output.exists()
 
 
-def subprocess_of(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
-
-
-def test_a_full_disk_leaves_nothing_half_written(monkeypatch, folder, output, tmp_path):
-    arguments = ["--input", str(folder), "--split", SPLIT, "--output", str(output), "--rows-per-shard", "5"]
-    smallest = 4096  # room for pack.json but not for a shard
-    full = subprocess_of(
-        "jobs/prepare_data.py",
-        *arguments,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (smallest, smallest)),
-    )
-    assert full.returncode == 2
-    assert "no space is left" in full.stderr
-    assert "Traceback" not in full.stderr
-    assert [file.name for file in output.iterdir()] == ["pack.json"]
-    assert prepare(monkeypatch, folder, output, "--rows-per-shard", "5") == 0
-    assert prepare(monkeypatch, folder, tmp_path / "whole", "--rows-per-shard", "5") == 0
-    for file in (tmp_path / "whole").iterdir():
-        assert (output / file.name).read_bytes() == file.read_bytes()
-
-
-def test_real_coco_images(monkeypatch, capsys, output):
+@pytest.mark.ray
+def test_real_coco_images(ray_session, monkeypatch, capsys, output):
     sample = os.environ.get("COCO_PANOPTIC_SAMPLE")
     if not sample:
         pytest.skip("COCO_PANOPTIC_SAMPLE does not name the folder with two real COCO images")
     assert prepare(monkeypatch, Path(sample), output) == 0
-    assert capsys.readouterr().out.startswith("2 images, 47 non-crowd segments (40 of things), 1 shards, ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 images checked: 0 errors, 0 warnings, 0 notes; 0 images have an error"
+    assert lines[1].startswith("2 images, 47 non-crowd segments (40 of things), 1 shards, ")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.coco import CocoLayout
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, PackedSet, open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.errors import UserError
@@ -18,7 +18,12 @@ from tests.pipelines.data.coco_folder import OTHER_THING, SPLIT, STUFF, THING, e
 
 
 def opened(folder: Path) -> PackedSet:
-    pack(CocoLayout.find(str(folder / "coco"), SPLIT), str(folder / "packed"), PackConfig(rows_per_shard=2))
+    pack(
+        read_coco(CocoLayout.find(str(folder / "coco"), SPLIT)),
+        str(folder / "packed"),
+        PackConfig(rows_per_shard=2),
+        in_process=True,
+    )
     return open_pack(str(folder / "packed"))
 
 

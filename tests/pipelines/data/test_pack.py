@@ -1,5 +1,6 @@
 import hashlib
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.data.coco import CocoLayout
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import read_index, read_manifest
-from pipelines.data.pack import PackConfig, PackReport, pack
+from pipelines.data.pack import PackConfig, PackReport, open_output, pack
 from pipelines.data.pixels import decode_panoptic, decompress_index_map, index_map
 from pipelines.data.schema import FILES as ROW_FILES
 from pipelines.data.schema import INDEX, PACKED, require
@@ -35,7 +36,9 @@ def output(tmp_path) -> Path:
 
 
 def packed(folder: Path | str, output: Path | str, rows: int = 2) -> PackReport:
-    return pack(CocoLayout.find(str(folder), SPLIT), str(output), PackConfig(rows_per_shard=rows))
+    return pack(
+        read_coco(CocoLayout.find(str(folder), SPLIT)), str(output), PackConfig(rows_per_shard=rows), in_process=True
+    )
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -125,8 +128,8 @@ def test_the_manifest_describes_the_pack(folder, output):
     for file in (*manifest.shards, manifest.index):
         content = (output / file.file).read_bytes()
         assert (len(content), sha256(content)) == (file.bytes, file.sha256)
-    assert manifest.taxonomy.names == ("car", "train", "banner", "rug")
-    assert (report.was_complete, report.warnings) == (False, ())
+    assert manifest.taxonomy.names == ("car", "train", "banner", "blanket", "rug")
+    assert not report.was_complete
 
 
 def test_packs_are_equal_if_and_only_if_their_inputs_are(folder, tmp_path):
@@ -189,6 +192,20 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(folder, output, tmp_path,
     assert sum(name.startswith("shard") for name in names) == 3 - kept
 
 
+def test_a_full_disk_leaves_nothing_half_written(folder, output, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # room for pack.json but not for a shard
+    try:
+        with pytest.raises(UserError, match="no space is left"):
+            packed(folder, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in output.iterdir()] == ["pack.json"]
+    packed(folder, output)
+    packed(folder, tmp_path / "complete")
+    assert contents(output) == contents(tmp_path / "complete")
+
+
 def test_a_missing_or_damaged_shard_of_a_partial_pack_is_written_again(folder, output, tmp_path):
     packed(folder, tmp_path / "complete")
     packed(folder, output)
@@ -199,25 +216,40 @@ def test_a_missing_or_damaged_shard_of_a_partial_pack_is_written_again(folder, o
     assert contents(output) == contents(tmp_path / "complete")
 
 
-def test_errors_stop_before_anything_is_written(folder, output):
-    images = folder / SPLIT
-    (images / f"{12:012d}.jpg").write_bytes(b"broken")
-    (images / f"{14:012d}.jpg").write_bytes(b"broken")
-    pngs = folder / "annotations" / f"panoptic_{SPLIT}"
-    (pngs / f"{15:012d}.png").write_bytes(b"broken")
-    with pytest.raises(UserError) as error:
+def test_left_out_images_are_part_of_the_input(folder, output, tmp_path):
+    dataset, config = read_coco(CocoLayout.find(str(folder), SPLIT)), PackConfig(rows_per_shard=2)
+    report = pack(dataset, str(output), config, left_out=[14, 12], in_process=True)
+    index = read_index(report.output, report.manifest)
+    assert index["image_id"].to_pylist() == [11, 13, 15]
+    assert report.manifest.fingerprint != packed(folder, tmp_path / "all").manifest.fingerprint
+    assert json.loads((output / "pack.json").read_text())["source"]["left_out"] == [12, 14]
+    with pytest.raises(UserError, match=r"another input \(.*left_out is None, was \[12, 14\]\)"):
         packed(folder, output)
-    message = str(error.value)
-    assert f"{images}/{12:012d}.jpg (image 12): " in message
-    assert "replace the file" in message
-    assert "Others: image-unreadable 1, png-unreadable 1; 3 of 5 images" in message
-    assert "\n" not in message
-    assert not output.exists()
+    with pytest.raises(UserError, match=r"another input \(left_out is \[12\], was \[12, 14\]\)"):
+        pack(dataset, str(output), config, left_out=[12], in_process=True)
+    # A complete pack is found again without the check that decides what is left out.
+    found = open_output(dataset, str(output), config, skip_bad=True)
+    assert found is not None
+    assert found.manifest == report.manifest
+    with pytest.raises(UserError, match="another input"):
+        open_output(dataset, str(output), config)
 
 
-def test_warnings_do_not_stop(folder, output):
-    edit_json(folder, lambda document: document["annotations"][0]["segments_info"][0].update(area=1))
-    assert [fault.code for fault in packed(folder, output).warnings] == ["area"]
+@pytest.mark.parametrize("place", ["/proc/packed", "/dev/null/packed"])
+def test_a_folder_that_cannot_be_made_is_refused(folder, place):
+    dataset = read_coco(CocoLayout.find(str(folder), SPLIT))
+    with pytest.raises(UserError, match=rf"Cannot (write|access) {place}.*\. Choose a ") as error:
+        open_output(dataset, place, PackConfig())
+    assert "\n" not in str(error.value)
+
+
+def test_opening_an_output_leaves_no_trace(folder, tmp_path):
+    dataset = read_coco(CocoLayout.find(str(folder), SPLIT))
+    assert open_output(dataset, str(tmp_path / "new" / "packed"), PackConfig()) is None
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    assert open_output(dataset, str(tmp_path / "old"), PackConfig()) is None
+    assert list((tmp_path / "old").iterdir()) == []
 
 
 def test_a_pack_of_another_input_is_not_touched(folder, output):
@@ -295,7 +327,7 @@ def test_the_json_may_be_moved(folder, output, tmp_path):
     packed(folder, output)
     json_file(folder).rename(tmp_path / "table.json")
     layout = CocoLayout.find(str(folder), SPLIT, annotations=str(tmp_path / "table.json"))
-    assert pack(layout, str(output), PackConfig(rows_per_shard=2)).was_complete
+    assert pack(read_coco(layout), str(output), PackConfig(rows_per_shard=2)).was_complete
 
 
 @pytest.fixture

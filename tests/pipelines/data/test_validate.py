@@ -1,149 +1,206 @@
+"""Validation of a whole data set on Ray Data, and its report."""
+
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data import findings as findings_module
+from pipelines.data import validate as validate_module
+from pipelines.data.check_report import CheckReport
+from pipelines.data.checks import CheckConfig
 from pipelines.data.coco import CocoLayout, read_coco
-from pipelines.data.validate import Fault, validate
-from tests.pipelines.data.coco_folder import SPLIT, edit_json, ids_to_rgb, write_coco_folder
-
-IMAGE_ID = 12
-STUFF_SEGMENT, THING_SEGMENT, CROWD_SEGMENT = 0, 3, 5
+from pipelines.data.findings import CODES, Finding, Findings
+from pipelines.data.validate import validate
+from pipelines.errors import UserError
+from pipelines.storage import locate
+from tests.pipelines.data.coco_folder import SPLIT, edit_json, write_coco_folder
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    write_coco_folder(tmp_path)
+def folder(tmp_path: Path) -> Path:
+    write_coco_folder(tmp_path, num_images=9)
     return tmp_path
 
 
-def faults_of(folder: Path) -> list[Fault]:
-    return validate(read_coco(CocoLayout.find(str(folder), SPLIT)), threads=3)
+def image_file(folder: Path, image_id: int) -> Path:
+    return folder / SPLIT / f"{image_id:012d}.jpg"
 
 
-def image_file(folder: Path) -> Path:
-    return folder / SPLIT / f"{IMAGE_ID:012d}.jpg"
+def copy_image(folder: Path) -> None:
+    """Give image 14 size, pixels and annotation of image 12, under names of its own."""
 
-
-def png_file(folder: Path) -> Path:
-    return folder / "annotations" / f"panoptic_{SPLIT}" / f"{IMAGE_ID:012d}.png"
-
-
-def edit_segment(folder: Path, index: int, **values) -> int:
-    """Change a segment of the image in the JSON; return the id it had."""
-    before = []
-
-    def change(document):
-        annotation = next(entry for entry in document["annotations"] if entry["image_id"] == IMAGE_ID)
-        before.append(annotation["segments_info"][index]["id"])
-        annotation["segments_info"][index].update(values)
+    def change(document: dict[str, Any]) -> None:
+        for entries, name in ((document["images"], "id"), (document["annotations"], "image_id")):
+            mine, other = ({e[name]: e for e in entries}[image_id] for image_id in (12, 14))
+            other.update({**mine, name: 14, "file_name": other["file_name"]})
 
     edit_json(folder, change)
-    return before[0]
+    for place, kind in ((folder / SPLIT, "jpg"), (folder / "annotations" / f"panoptic_{SPLIT}", "png")):
+        (place / f"{14:012d}.{kind}").write_bytes((place / f"{12:012d}.{kind}").read_bytes())
 
 
-def the_fault(folder: Path, file: Path) -> Fault:
-    (fault,) = faults_of(folder)
-    assert (fault.image_id, fault.file) == (IMAGE_ID, str(file))
-    assert fault.message.endswith(".")
-    assert "\n" not in str(fault)
-    return fault
+def wrong_area(document: dict[str, Any]) -> None:
+    for annotation in document["annotations"]:
+        annotation["segments_info"][0]["area"] = 1
 
 
-def test_a_clean_data_set_has_no_fault(folder):
-    assert faults_of(folder) == []
+def checked(folder: Path | str, other: Path | None = None, **limits: Any) -> CheckReport:
+    dataset = read_coco(CocoLayout.find(str(folder), SPLIT))
+    return validate(dataset, CheckConfig(**limits), locate(other) if other else None)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", "half"])
-def test_unreadable_image(folder, content):
-    file = image_file(folder)
-    complete = file.read_bytes()
-    file.write_bytes(complete[: len(complete) // 2] if content == "half" else content)
-    fault = the_fault(folder, file)
-    assert (fault.code, fault.severity, fault.segment_id) == ("image-unreadable", "error", None)
+@pytest.mark.ray
+def test_everything_is_found_in_one_run(
+    ray_session: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of the JSON, of files, of pixels, of several images together and of two splits, in several tasks."""
+    monkeypatch.setattr(validate_module, "_IMAGES_PER_TASK", 2)
+    copy_image(folder)
+    edit_json(folder, wrong_area)
+    edit_json(folder, lambda document: document["images"].append({**document["images"][0], "id": 99}))
+    image_file(folder, 11).unlink()
+    image_file(folder, 18).write_bytes(b"")
+    for image_id in (15, 19):
+        Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(image_file(folder, image_id))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "same.jpg").write_bytes(image_file(folder, 16).read_bytes())
+    (other / "as long.jpg").write_bytes(image_file(folder, 16).read_bytes()[:-1] + b"x")
+    (other / "empty.jpg").write_bytes(b"")
+    report = checked(folder, other)
+    findings = report.findings
+    assert findings.counts == {
+        "image-without-annotation": 1,
+        "area": 9,
+        "image-missing": 1,
+        "image-unreadable": 1,
+        "image-size": 2,
+        "image-repeated": 2,
+        "image-in-other-split": 1,
+    }
+    assert [finding.image_id for finding in findings.examples["area"]] == list(range(11, 20))
+    assert {(f.image_id, f.what) for f in findings.examples["image-repeated"]} == {
+        (14, f"the file has the bytes of '{12:012d}.jpg'"),
+        (19, f"the file has the bytes of '{15:012d}.jpg'"),
+    }
+    (shared,) = findings.examples["image-in-other-split"]
+    assert (shared.image_id, "'same.jpg'" in shared.message) == (16, True)
+    assert report.images_with_errors == [11, 15, 16, 18, 19, 99]
+    assert report.has_errors
+    assert report.dataset.findings.counts == {"image-without-annotation": 1}  # not changed by the check
 
 
-def test_image_of_another_size(folder):
-    image = Image.open(image_file(folder))
-    image.resize((image.width + 1, image.height)).save(image_file(folder))
-    fault = the_fault(folder, image_file(folder))
-    assert (fault.code, fault.severity) == ("image-size", "error")
-    assert f"is {image.width + 1} x {image.height}, but {image.width} x {image.height} in the JSON" in fault.message
+@pytest.mark.ray
+def test_rare_classes(ray_session: str, folder: Path) -> None:
+    def turn_to_crowds(document: dict[str, Any]) -> None:
+        for annotation in document["annotations"][:6]:
+            for segment in annotation["segments_info"]:
+                segment["iscrowd"] |= segment["category_id"] == 3
+
+    edit_json(folder, lambda document: document["categories"].append({"id": 1, "name": "cat", "isthing": 1}))
+    edit_json(folder, turn_to_crowds)
+    found = checked(folder, min_images_per_class=4).findings
+    assert [finding.what for finding in found.examples["class-rare"]] == [
+        "the class 'cat', id 1, is in 0 images",
+        "the class 'car', id 3, is in 3 images",
+    ]
+    assert checked(folder).findings == Findings()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_unreadable_png(folder, mode):
-    Image.open(png_file(folder)).convert(mode).save(png_file(folder))
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity) == ("png-unreadable", "error")
-    assert f"of mode {mode}" in fault.message
+@pytest.mark.ray
+def test_a_data_set_in_an_object_store(ray_session: str, folder: Path, bucket: str) -> None:
+    image_file(folder, 13).unlink()
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        (locate(bucket) / str(file.relative_to(folder))).write_bytes(file.read_bytes())
+    findings = checked(bucket).findings
+    assert findings.counts == {"image-missing": 1}
+    assert findings.examples["image-missing"][0].file == f"{bucket}/{SPLIT}/{13:012d}.jpg"
 
 
-def test_png_of_another_size(folder):
-    png = Image.open(png_file(folder))
-    png.crop((0, 0, png.width, png.height - 1)).save(png_file(folder))
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity) == ("png-size", "error")
+@pytest.mark.ray
+def test_another_split_without_images_is_refused(ray_session: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no images in .*nowhere; check --other-split"):
+        checked(folder, folder / "nowhere")
 
 
-def test_segment_in_the_png_but_not_in_the_json(folder):
-    pixels = np.array(Image.open(png_file(folder)))
-    pixels[0, 4:6] = ids_to_rgb(np.array([[123456]]))[0, 0]
-    Image.fromarray(pixels).save(png_file(folder))
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity, fault.segment_id) == ("segment-unlisted", "error", 123456)
-    assert "2 pixels" in fault.message
+def report_of(folder: Path, *findings: Finding) -> CheckReport:
+    collected = Findings()
+    collected.extend(findings)
+    return CheckReport(dataset=read_coco(CocoLayout.find(str(folder), SPLIT)), findings=collected)
 
 
-def test_segment_in_the_json_but_not_in_the_png(folder):
-    identifier = edit_segment(folder, THING_SEGMENT, id=654321)
-    faults = {fault.segment_id: fault.code for fault in faults_of(folder)}
-    assert faults == {identifier: "segment-unlisted", 654321: "segment-without-pixels"}
+def some(code: str, image_id: int | None = 12) -> Finding:
+    return Finding(code=code, file="a.png", image_id=image_id, segment_id=5, what="it is wrong")
 
 
-@pytest.mark.parametrize("identifier", [0, -5, 2**24])
-def test_segment_id_out_of_range(folder, identifier):
-    edit_segment(folder, THING_SEGMENT, id=identifier)
-    faults = [(fault.code, fault.severity) for fault in faults_of(folder) if fault.segment_id == identifier]
-    assert ("segment-id-range", "error") in faults
+def test_memory_is_bounded_by_the_number_of_examples(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings_module, "MAX_EXAMPLES", 10)
+    report = report_of(folder, *(some("area", image_id) for image_id in range(10_000)))
+    assert report.findings.counts["area"] == 10_000
+    assert [finding.image_id for finding in report.findings.examples["area"]] == list(range(10))
+    assert report.summary().splitlines()[-1] == "  ... and 9997 more"
+    assert len(json.loads(report.to_json())["codes"]["area"]["examples"]) == 10
 
 
-def test_segment_id_repeated(folder):
-    first = edit_segment(folder, STUFF_SEGMENT)
-    edit_segment(folder, THING_SEGMENT, id=first)
-    faults = [fault.code for fault in faults_of(folder) if fault.segment_id == first and fault.severity == "error"]
-    assert faults == ["segment-id-repeated"]
+def test_the_report_lists_errors_first(folder: Path) -> None:
+    report = report_of(folder, some("image-gray"), some("area"), some("image-missing", 15), some("area"))
+    lines = report.summary().splitlines()
+    assert lines[0] == "9 images checked: 1 errors, 2 warnings, 1 notes; 1 images have an error"
+    assert [line.split(", ")[0] for line in lines if not line.startswith(" ")][1:] == [
+        "error: image-missing",
+        "warning: area",
+        "note: image-gray",
+    ]
+    content = json.loads(report.to_json())
+    assert {key: content[key] for key in ("version", "split", "images_checked", "errors", "warnings", "notes")} == {
+        "version": 1,
+        "split": SPLIT,
+        "images_checked": 9,
+        "errors": 1,
+        "warnings": 2,
+        "notes": 1,
+    }
+    assert content["images_with_errors"] == [15]
+    missing = content["codes"]["image-missing"]
+    assert (missing["severity"], missing["count"]) == ("error", 1)
+    assert missing["examples"] == [
+        {
+            "file": "a.png",
+            "image_id": 15,
+            "segment_id": 5,
+            "message": f"it is wrong; {CODES['image-missing'].remedy}.",
+        }
+    ]
 
 
-def test_more_segments_than_an_index_map_can_number(folder, monkeypatch):
-    """Of the image's segments, two are things, three are stuff of two classes, and a crowd is not numbered."""
-    monkeypatch.setattr("pipelines.data.validate.MAX_SEGMENTS", 4)
-    assert faults_of(folder) == []
-    edit_segment(folder, CROWD_SEGMENT, iscrowd=0)
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity, fault.segment_id) == ("segments-too-many", "error", None)
-    assert "has 5 segments to train on, but an index map can number 4;" in fault.message
+@pytest.mark.parametrize(
+    ("findings", "with_bad", "without_bad"),
+    [
+        ([some("area")], None, None),
+        ([some("png-size")], "leave out the 1 images with errors with --skip-bad", None),
+        ([some("image-entry", None)], "leave out the 0 images", None),
+        ([some("category-isthing", None)], r"Correct the categories first \(category-isthing\)", "Correct the cat"),
+        ([some("png-size", image_id) for image_id in range(11, 20)], "leave out the 9", "All images have errors"),
+    ],
+)
+def test_what_is_refused(folder: Path, findings: list[Finding], with_bad: str | None, without_bad: str | None) -> None:
+    report = report_of(folder, *findings)
+    for skip_bad, expected in ((False, with_bad), (True, without_bad)):
+        refusal = report.refusal(skip_bad)
+        if expected is None:
+            assert refusal is None
+        else:
+            assert re.search(expected, refusal or "")
 
 
-def test_stuff_marked_as_crowd_is_a_warning(folder):
-    identifier = edit_segment(folder, STUFF_SEGMENT, iscrowd=1)
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity, fault.segment_id) == ("crowd-stuff", "warning", identifier)
-
-
-def test_wrong_area_and_box_are_warnings(folder):
-    identifier = edit_segment(folder, CROWD_SEGMENT, area=2)
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity, fault.segment_id) == ("area", "warning", identifier)
-    edit_segment(folder, CROWD_SEGMENT, area=1, bbox=[3, 0, 1, 2])
-    fault = the_fault(folder, png_file(folder))
-    assert (fault.code, fault.severity, fault.segment_id) == ("bbox", "warning", identifier)
-    edit_segment(folder, CROWD_SEGMENT, bbox=[3.0, 0.0, 1.0, 1.0])
-    assert faults_of(folder) == []
-
-
-def test_faults_are_in_the_order_of_the_images(folder):
-    for image_id in (15, 11, 13):
-        (folder / SPLIT / f"{image_id:012d}.jpg").write_bytes(b"")
-    assert [fault.image_id for fault in faults_of(folder)] == [11, 13, 15]
+def test_every_code_is_documented() -> None:
+    """The table of codes in docs/data.md has each code with its severity, meaning and remedy."""
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    documented = {row[0].strip("|` "): tuple(cell.strip(" |") for cell in row[1:]) for row in rows if len(row) == 4}
+    assert documented == {code: (known.severity, known.meaning, known.remedy) for code, known in CODES.items()}

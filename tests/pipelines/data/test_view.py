@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import BatchSplit, samples_at
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
+from pipelines.data.sample_order import SampleOrder
 from pipelines.data.view import (
     ViewedImage,
     first_positions,
@@ -37,6 +39,7 @@ from pipelines.errors import UserError
 from pipelines.storage import locate
 
 SEED, AUGMENT = 5, DEMO.data.augment
+ONE = BatchSplit(global_batch=1, micro_batch=1, workers=1)
 TAXONOMY = Taxonomy((Category(1, "cat", True), Category(2, '"><script>alert(1)</script>\n\x1b', False)))
 HOSTILE = ["<script>alert(1)</script>.jpg", "'\"><img src=x onerror=alert(1)>", "a\nb\x00\u202e\ud800</figure>"]
 
@@ -46,6 +49,18 @@ def samples(packs: dict[str, str]) -> PackedSet:
     return open_pack(packs["train"])
 
 
+def order_of(samples: PackedSet, split: BatchSplit = ONE, **changes: Any) -> SampleOrder:
+    return SampleOrder(
+        image_ids=samples.image_ids,
+        heights=samples.index["height"].to_numpy(),
+        widths=samples.index["width"].to_numpy(),
+        seed=SEED,
+        augmentation=AUGMENT,
+        split=split,
+        **{"dealt": False, **changes},
+    )
+
+
 def packed_rows(samples: PackedSet) -> dict[int, dict]:
     return {row["image_id"]: row for shard in samples.shards for row in pq.read_table(shard).to_pylist()}
 
@@ -53,8 +68,8 @@ def packed_rows(samples: PackedSet) -> dict[int, dict]:
 def test_a_step_shows_what_each_worker_computes(samples: PackedSet) -> None:
     split, step = BatchSplit(global_batch=12, micro_batch=2, workers=3), 13
     samples, rows = samples.take(np.arange(70)), packed_rows(samples)
-    parts = step_positions(split, step, 14)
-    seen = list(view_augmented(samples, parts, seed=SEED, augmentation=AUGMENT))
+    order = order_of(samples, split)
+    seen = list(view_augmented(samples, order, step_positions(order, step, 14)))
     assert [viewed.part for viewed in seen[::2]] == [
         (f"Worker {rank}", f"Micro-batch {turn}") for rank in range(3) for turn in range(2)
     ]
@@ -78,7 +93,7 @@ def test_a_step_shows_what_each_worker_computes(samples: PackedSet) -> None:
 
 
 def test_the_first_positions(samples: PackedSet) -> None:
-    seen = list(view_augmented(samples, first_positions(10), seed=SEED, augmentation=AUGMENT))
+    seen = list(view_augmented(samples, order_of(samples), first_positions(10)))
     assert [viewed.position for viewed in seen] == list(range(10))
     assert [viewed.image_id for viewed in seen] == samples.image_ids[samples_at(np.arange(10), 80, SEED)[1]].tolist()
 
@@ -94,15 +109,21 @@ def test_packed_images_are_evenly_spaced_and_as_annotated(samples: PackedSet) ->
         assert viewed.position is None
 
 
+def test_a_step_is_shown_as_it_was_dealt(samples: PackedSet) -> None:
+    order = order_of(samples, BatchSplit(global_batch=12, micro_batch=2, workers=2), dealt=True, window=3)
+    shown = np.concatenate([positions for _, positions in step_positions(order, 3, 14)])
+    assert shown.tolist() == [*order.positions(0, 3, 4), *order.positions(1, 3, 4)]
+
+
 @pytest.mark.parametrize("step", [-1, 14, 10**12])
-def test_training_has_no_such_step(step: int) -> None:
+def test_training_has_no_such_step(samples: PackedSet, step: int) -> None:
     with pytest.raises(UserError, match=r"There is no step .* the last is 13\."):
-        step_positions(BatchSplit(global_batch=4, micro_batch=2, workers=2), step, 14)
+        step_positions(order_of(samples, BatchSplit(global_batch=4, micro_batch=2, workers=2)), step, 14)
 
 
-def test_a_step_may_be_too_large_for_a_page() -> None:
+def test_a_step_may_be_too_large_for_a_page(samples: PackedSet) -> None:
     with pytest.raises(UserError, match=r"--step 0 asks for 2,000 pictures"):
-        step_positions(BatchSplit(global_batch=2000, micro_batch=1, workers=2), 0, 1)
+        step_positions(order_of(samples, BatchSplit(global_batch=2000, micro_batch=1, workers=2)), 0, 1)
 
 
 def damage(samples: PackedSet, folder: Path, index: int) -> PackedSet:
@@ -118,8 +139,7 @@ def damage(samples: PackedSet, folder: Path, index: int) -> PackedSet:
 def test_a_damaged_image_leaves_nothing_or_is_replaced_as_in_training(samples: PackedSet, tmp_path: Path) -> None:
     index = int(samples_at(np.arange(6), 80, SEED)[1][3])
     copy = damage(samples, tmp_path / "copy", index)
-    settings = {"seed": SEED, "augmentation": AUGMENT}
-    images = view_augmented(copy, first_positions(6), **settings)
+    images = view_augmented(copy, order_of(copy), first_positions(6))
     with pytest.raises(UserError, match=f"image {copy.image_ids[index]}"):
         write_view(images, 6, copy.taxonomy, str(tmp_path / "view"), "", [])
     assert not (tmp_path / "view").exists()
@@ -129,7 +149,7 @@ def test_a_damaged_image_leaves_nothing_or_is_replaced_as_in_training(samples: P
             view_packed(copy.take(np.array([index - 1, index])), 2), 2, copy.taxonomy, str(tmp_path / "view"), "", []
         )
     assert list((tmp_path / "view").iterdir()) == []  # nor is an empty folder of the user's deleted
-    images = view_augmented(copy, first_positions(6), **settings, damaged="skip")
+    images = view_augmented(copy, order_of(copy), first_positions(6), damaged="skip")
     write_view(images, 6, copy.taxonomy, str(tmp_path / "view"), "", [])
     page = (tmp_path / "view" / "index.html").read_text()
     assert f"image {copy.image_ids[index]}" in page

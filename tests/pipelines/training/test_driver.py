@@ -21,7 +21,7 @@ from maskformer import PanopticConfig, PanopticQuality
 from pipelines.checkpoints import state as checkpoint
 from pipelines.checkpoints.saved_model import load_model
 from pipelines.config.train import TrainConfig
-from pipelines.data.coco import CocoLayout
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic
@@ -83,7 +83,7 @@ def pack_one_class_pictures(folder: Path) -> str:
         document["images"].append({"id": number, "file_name": f"{number}.jpg", "width": width, "height": height})
         document["annotations"].append({"image_id": number, "file_name": f"{number}.png", "segments_info": [segment]})
     (folder / "coco" / "annotations" / "panoptic_val.json").write_text(json.dumps(document))
-    pack(CocoLayout.find(str(folder / "coco"), "val"), str(folder / "val"), PackConfig())
+    pack(read_coco(CocoLayout.find(str(folder / "coco"), "val")), str(folder / "val"), PackConfig(), in_process=True)
     return str(folder / "val")
 
 

@@ -27,7 +27,7 @@ from maskformer.optim import AveragedWeights, build_optimizer
 from pipelines.checkpoints import state as checkpoint
 from pipelines.checkpoints.state import TrainingState
 from pipelines.config.train import TrainConfig
-from pipelines.data.coco import CocoLayout
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import open_pack
 from pipelines.data.order import samples_at
 from pipelines.data.pack import PackConfig, pack
@@ -188,7 +188,7 @@ def pack_gray_pictures(folder: Path, noisy: Iterable[int]) -> str:
         document["images"].append({"id": number, "file_name": f"{number}.jpg", "width": width, "height": height})
         document["annotations"].append({"image_id": number, "file_name": f"{number}.png", "segments_info": [segment]})
     (folder / "coco" / "annotations" / "panoptic_gray.json").write_text(json.dumps(document))
-    pack(CocoLayout.find(str(folder / "coco"), "gray"), str(folder / "pack"), PackConfig())
+    pack(read_coco(CocoLayout.find(str(folder / "coco"), "gray")), str(folder / "pack"), PackConfig(), in_process=True)
     return str(folder / "pack")
 
 
