@@ -223,9 +223,9 @@ def test_left_out_images_are_part_of_the_input(folder, output, tmp_path):
     assert index["image_id"].to_pylist() == [11, 13, 15]
     assert report.manifest.fingerprint != packed(folder, tmp_path / "all").manifest.fingerprint
     assert json.loads((output / "pack.json").read_text())["source"]["left_out"] == [12, 14]
-    with pytest.raises(UserError, match=r"another input \(.*left_out is None, was \[12, 14\]\)"):
+    with pytest.raises(UserError, match=r"another input .*left_out is None, was \[12, 14\]\)"):
         packed(folder, output)
-    with pytest.raises(UserError, match=r"another input \(left_out is \[12\], was \[12, 14\]\)"):
+    with pytest.raises(UserError, match=r"another input .*left_out is \[12\], was \[12, 14\]\)"):
         pack(dataset, str(output), config, left_out=[12], in_process=True)
     # A complete pack is found again without the check that decides what is left out.
     found = open_output(dataset, str(output), config, skip_bad=True)
