@@ -26,15 +26,13 @@ class Augment:
 def main() -> None:
     flags = parse(Augment, description=__doc__)
 
-    import pyarrow as pa  # --help should not import them
-    import torch
+    import torch  # --help should not import it
 
     from pipelines.config.recipes import R50_MMDET, SWIN_L_ORIGINAL
     from pipelines.data.augment import augment, sample_rng
     from pipelines.data.coco import CocoLayout, read_coco
-    from pipelines.data.schema import AUGMENTED
     from pipelines.data.shards import packed_row
-    from pipelines.data.tasks import augmented_row, decoded_sample
+    from pipelines.data.tasks import augmented_row, augmented_table, decoded_sample
 
     torch.set_num_threads(1)
     layout = CocoLayout.find(flags.input, flags.split)
@@ -50,7 +48,7 @@ def main() -> None:
             decoding += time.process_time() - since
             epoch = turn // len(rows)
             sample = augment(sample, sample_rng(0, epoch, row["image_id"]), recipe.data.augment)
-            pa.Table.from_pylist([augmented_row(sample, turn, epoch, row["image_id"])], schema=AUGMENTED)
+            augmented_table([augmented_row(sample, turn, epoch, row["image_id"])])
         seconds = time.process_time() - start
         print(f"{recipe.recipe:<18}{flags.images / seconds:>20.1f}{decoding / seconds:>16.0%}")
 

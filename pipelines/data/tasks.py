@@ -52,7 +52,7 @@ class LoadAndAugment:
                 self._augmented(entry, int(position), int(epoch), int(index))
                 for entry, position, epoch, index in zip(entries, positions, epochs, indices, strict=True)
             ]
-        return pa.Table.from_pylist(rows, schema=AUGMENTED)
+        return augmented_table(rows)
 
     def _augmented(self, entry: dict[str, Any], position: int, epoch: int, index: int) -> dict[str, Any]:
         image_id, skipped = entry["image_id"], None
@@ -105,19 +105,41 @@ def decoded_sample(image: bytes | memoryview, index_map: bytes | memoryview, ent
 def augmented_row(
     sample: Sample, position: int, epoch: int, image_id: int, skipped: str | None = None
 ) -> dict[str, Any]:
-    """Return the AUGMENTED row of a sample."""
+    """Return the AUGMENTED row of a sample, with arrays as its files."""
     return {
         "position": position,
         "epoch": epoch,
         "image_id": image_id,
         "height": sample.image.shape[0],
         "width": sample.image.shape[1],
-        # Views, which Arrow copies once.
-        "image": np.ascontiguousarray(sample.image).data.cast("B"),
-        "index_map": np.ascontiguousarray(sample.index_map, index_map_type(len(sample.classes))).data.cast("B"),
+        "image": np.ascontiguousarray(sample.image),
+        "index_map": np.ascontiguousarray(sample.index_map, index_map_type(len(sample.classes))),
         "classes": sample.classes,
         "skipped": skipped,
     }
+
+
+def augmented_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Return the table of rows of `augmented_row`, which takes over the memory of their arrays.
+
+    So pixels are copied once, into Ray's object store.
+    """
+    columns = [
+        _taken_over([row[field.name] for row in rows])
+        if field.type == pa.large_binary()
+        else pa.chunked_array([pa.array([row[field.name] for row in rows], field.type)])
+        for field in AUGMENTED
+    ]
+    return pa.table(columns, schema=AUGMENTED)
+
+
+def _taken_over(arrays: list[np.ndarray]) -> pa.ChunkedArray:
+    """Return a binary column with the memory of each array as a chunk."""
+    chunks: list[pa.Array] = []
+    for array in arrays:
+        offsets = pa.py_buffer(np.array([0, array.nbytes], np.int64))
+        chunks.append(pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(array)]))
+    return pa.chunked_array(chunks, pa.large_binary())
 
 
 def following(shard: np.ndarray, index: int) -> list[int]:
