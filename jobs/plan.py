@@ -36,7 +36,7 @@ class _Flags(TrainFlags):
     price: float | None = None
     """Price of one GPU hour, including its share of the node."""
     images_per_cpu_second: float = IMAGES_PER_CPU
-    """Training images that one CPU decodes and augments per second. jobs/bench/augment.py measures it."""
+    """Training images that one CPU decodes and augments per second. jobs/bench/data.py measures it."""
     masks: tuple[int, int, int] = COCO_MASKS
     """Segments per image: mean, 95th percentile and maximum. The default is COCO's."""
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 IMAGES_PER_CPU = 130.0
-"""Training images that one CPU decodes and augments per second. Measured by jobs/bench/augment.py on one core of an
+"""Training images that one CPU decodes and augments per second. Measured by jobs/bench/data.py on one core of an
 AMD EPYC, with the two photographs of the COCO sample."""
 
 COCO_MASKS = (11, 25, 67)

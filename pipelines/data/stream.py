@@ -55,36 +55,68 @@ def training_batches(
     rank: int,
     first_step: int,
     last_step: int,
+    prefetch: int,
+    **reading: Any,
+) -> Generator[PanopticBatch]:
+    """Yield the micro-batches of worker `rank` in the steps [first_step, last_step), in the order it uses them.
+
+    Args:
+        prefetch: micro-batches to buffer in this process.
+        reading: the other arguments of `training_tables`.
+
+    Raises:
+        UserError: a packed row is damaged, or its shard is missing. It may be raised a few micro-batches early.
+        StorageUnavailableError: the storage did not answer for as long as it should be waited for.
+    """
+    size = order.split.micro_batch
+
+    def expected() -> Iterator[list[int]]:
+        for step in range(first_step, last_step):
+            yield from order.positions(rank, step, step + 1).reshape(-1, size).tolist()
+
+    def produce() -> Iterator[PanopticBatch]:
+        tables = training_tables(samples, order, rank=rank, first_step=first_step, last_step=last_step, **reading)
+        for wanted, table in zip(expected(), _slices(tables, size), strict=True):
+            batch = PanopticBatch.from_arrow(table)
+            if list(batch.positions) != wanted:
+                raise RuntimeError(f"The stream returned the positions {batch.positions} instead of {wanted}.")
+            yield batch
+
+    return _prefetched(produce, prefetch)
+
+
+def training_tables(
+    samples: PackedSet,
+    order: SampleOrder,
+    *,
+    rank: int,
+    first_step: int,
+    last_step: int,
     samples_per_task: int,
     cpus: float,
     object_store: int,
-    prefetch: int,
     damaged: Literal["stop", "skip"] = "stop",
     patience: float = _PATIENCE,
     name: str = "train",
-) -> Generator[PanopticBatch]:
-    """Yield the micro-batches of worker `rank` in the steps [first_step, last_step), in the order it uses them.
+) -> Iterator[pa.Table]:
+    """Yield the AUGMENTED samples of worker `rank` in the steps [first_step, last_step), in the order it uses them.
 
     Args:
         order: of these samples, with their augmentation.
         samples_per_task: images per Ray Data task, rounded up to a multiple of the micro-batch.
         cpus: CPUs that this rank's tasks may use at a time.
         object_store: bytes of Ray's object store that this rank's stream may use.
-        prefetch: micro-batches to buffer in this process.
         damaged: what to do about a packed row that cannot be used, even when read again: `stop` raises; `skip` yields
             the next usable image of `samples` at its position, and the batch says so in `skipped`.
         patience: seconds to wait for a storage that does not answer.
         name: name of the stream in Ray's dashboard.
 
     Raises:
-        UserError: a packed row is damaged, or its shard is missing. It may be raised a few micro-batches early.
-        StorageUnavailableError: the storage did not answer for `patience` seconds.
+        UserError, StorageUnavailableError: as `training_batches`.
     """
     split = order.split
-    per_step, per_task = (
-        split.accumulation * split.micro_batch,
-        split.micro_batch * -(-samples_per_task // split.micro_batch),
-    )
+    per_step = split.accumulation * split.micro_batch
+    per_task = split.micro_batch * -(-samples_per_task // split.micro_batch)
     load = LoadAndAugment(samples, order.seed, order.augmentation, patience, damaged == "skip")
 
     def load_and_augment(number: int) -> pa.Table:
@@ -94,26 +126,12 @@ def training_batches(
         positions = order.positions(rank, *steps)[skipped : skipped + last - first]
         return load(positions, *order.samples(positions))
 
-    def produce() -> Iterator[PanopticBatch]:
-        count = -(-(last_step - first_step) * per_step // per_task)
-        most = max(_TASKS_PER_EXECUTION, -(-len(samples) // per_task))
-        for first in range(0, count, most):
-            dataset = _stream(load_and_augment, range(first, min(first + most, count)), cpus, object_store, name)
-            with original_errors():
-                tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-                yield from map(PanopticBatch.from_arrow, _slices(tables, split.micro_batch))
-
-    def expected() -> Iterator[list[int]]:
-        for step in range(first_step, last_step):
-            yield from order.positions(rank, step, step + 1).reshape(-1, split.micro_batch).tolist()
-
-    def checked() -> Iterator[PanopticBatch]:
-        for wanted, batch in zip(expected(), produce(), strict=True):
-            if list(batch.positions) != wanted:
-                raise RuntimeError(f"The stream returned the positions {batch.positions} instead of {wanted}.")
-            yield batch
-
-    return _prefetched(checked, prefetch)
+    count = -(-(last_step - first_step) * per_step // per_task)
+    most = max(_TASKS_PER_EXECUTION, -(-len(samples) // per_task))
+    for first in range(0, count, most):
+        dataset = _stream(load_and_augment, range(first, min(first + most, count)), cpus, object_store, name)
+        with original_errors():
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def resized_images(
