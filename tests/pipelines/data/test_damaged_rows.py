@@ -253,6 +253,16 @@ def remote(intact: PackedSet, faulty_s3: FaultyServer, bucket: str) -> PackedSet
     return open_pack(f"{bucket}/pack")
 
 
+def test_a_sample_costs_one_request(remote: PackedSet, faulty_s3: FaultyServer) -> None:
+    """Once a process knows the sizes of the shards: in the second epoch, and for evaluation."""
+    augmented(remote, np.arange(NUM_IMAGES))
+    faulty_s3.counts.clear()
+    augmented(remote, np.arange(NUM_IMAGES, 2 * NUM_IMAGES))
+    assert faulty_s3.counts["ok"] == NUM_IMAGES
+    resized(remote)
+    assert faulty_s3.counts["ok"] == 2 * NUM_IMAGES
+
+
 @pytest.mark.parametrize("mode", ["503", "refuse", "cut"])
 def test_a_read_waits_for_s3(remote: PackedSet, intact: PackedSet, faulty_s3: FaultyServer, mode: Any) -> None:
     expected = augmented(intact, np.arange(2))
