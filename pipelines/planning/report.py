@@ -1,5 +1,6 @@
 """A plan as text, with the basis of every figure."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,9 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
         ("data", "modeled",
             f"{_span(needed, 1, 0)} images/s needed, from {_span(data_cpus, 1, 0)} CPUs; the run has "
             f"{scaling.data_cpus:g}"),
+        ("object store", "given",
+            f"{config.data.object_store_gb * math.ceil(scaling.max_workers / capacity.num_nodes):g} GB of each node "
+            f"for the streams of its workers (--data.object-store-gb)"),
         ("hours", "modeled", f"{_span(plan.hours)} ({_span(plan.step_seconds, 1, 2)} s per step), training only"),
     ])  # fmt: skip
     if on_gpu:
