@@ -112,10 +112,10 @@ def test_a_storage_that_is_away_ends_it_on_all(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    def unreadable(*args: Any) -> list[Any]:
+    def unreadable(*args: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr(module, "blocks", unreadable)
+    monkeypatch.setattr(module, "resized_images", unreadable)
     assert evaluated(open_pack(packs["val"]), workers=2) == [None, None]
     (warning,) = [record.getMessage() for record in caplog.records if record.name == module.__name__]
     assert warning.endswith(f"worker 0: {' '.join(str(error).split())}")
