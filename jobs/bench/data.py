@@ -7,6 +7,7 @@ jobs/plan.py takes the rate of one CPU as --images-per-cpu-second.
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,7 +38,7 @@ class Data:
     object_store_gb: float = 1.5
     """GB of Ray's object store that the stream may use."""
     repeats: int = 3
-    """Streams from position 0, and as many of the last tenth of the images."""
+    """Streams from position 0, and as many of the last tenth of the images. One more watches the memory."""
 
 
 def main() -> None:
@@ -67,41 +68,39 @@ def main() -> None:
         _stream(flags, samples, order, 0, min(flags.images, 4 * flags.cpus * flags.samples_per_task))  # starts workers
         whole = [_stream(flags, samples, order, 0, flags.images) for _ in range(flags.repeats)]
         late = [_stream(flags, samples, order, late_start, flags.images) for _ in range(flags.repeats)]
+        watched: list[tuple[float, float, float, float]] = []
+        _stream(flags, samples, order, 0, flags.images, lambda: watched.append(_memory()))
+        memory = np.array(watched)
     finally:
         ray.shutdown()
-    rate = median(facts.rate for facts in whole)
+    rate = median(stream.rate for stream in whole)
     share = rate / single / flags.cpus
+    tenth = -(-len(memory) // 10)
+    most, start, end = (rows.max(axis=0) / 1e9 for rows in (memory, memory[:tenth], memory[-tenth:]))
     rows = [
         ("one CPU, without Ray", f"{single:.1f} images/s"),
         (f"{flags.cpus} CPUs, through Ray Data", f"{rate:.1f} images/s, {share:.0%} of {flags.cpus} times one CPU"),
-        ("first image from position 0", f"{median(facts.first for facts in whole):.2f} s"),
-        (f"first image from position {late_start:,}", f"{median(facts.first for facts in late):.2f} s"),
-        ("CPU of the consumer", f"{median(facts.cpu for facts in whole):.0%} of a core, which makes no batches"),
-        ("object store, most in use", f"{max(facts.store for facts in whole) / 1e9:.2f} GB"),
-        ("spilled", f"{max(facts.spilled for facts in whole) / 1e9:.2f} GB"),
-        ("a data worker, own memory", f"{max(facts.worker for facts in whole) / 1e9:.2f} GB"),
-        ("agent of the dashboard", f"{whole[0].agent / 1e9:.2f} GB, at the end {late[-1].agent / 1e9:.2f} GB"),
+        ("first image from position 0", f"{median(stream.first for stream in whole):.2f} s"),
+        (f"first image from position {late_start:,}", f"{median(stream.first for stream in late):.2f} s"),
+        ("CPU of the consumer", f"{median(stream.cpu for stream in whole):.0%} of a core, which makes no batches"),
+        (f"memory over {len(memory)} tasks", "in GB, at most in the first tenth and in the last"),
+        ("  object store in use", f"{start[0]:.2f} {end[0]:.2f}, at any time {most[0]:.2f}"),
+        ("  object store, spilled", f"{start[1]:.2f} {end[1]:.2f}"),
+        ("  largest data worker, unshared", f"{start[2]:.2f} {end[2]:.2f}"),
+        ("  dashboard's agent", f"{start[3]:.3f} {end[3]:.3f}"),
     ]
     print("\n".join(f"{name:<36}{text}" for name, text in rows))
 
 
-class Facts(NamedTuple):
+class Stream(NamedTuple):
     """What is measured of a stream."""
 
     rate: float
-    """Images per second, after the first table."""
+    """Images per second, after the first tables."""
     first: float
     """Seconds until the first table."""
     cpu: float
     """Share of a core that the consumer's process uses."""
-    store: float
-    """Bytes of the object store, the most in use."""
-    spilled: float
-    """Bytes spilled to disk."""
-    worker: float
-    """Bytes of the largest data worker, without shared memory."""
-    agent: float
-    """Bytes of the dashboard's agent."""
 
 
 _ONE_THREAD = {"env_vars": {"OMP_NUM_THREADS": "1"}}
@@ -123,16 +122,20 @@ def _one_cpu(samples: "PackedSet", order: "SampleOrder", count: int) -> float:
     return median(rates[1:] or rates)
 
 
-def _stream(flags: Data, samples: "PackedSet", order: "SampleOrder", first: int, last: int) -> Facts:
-    """Take the tables of a stream as they come, and drop them."""
-    import numpy as np
-
+def _stream(
+    flags: Data,
+    samples: "PackedSet",
+    order: "SampleOrder",
+    first: int,
+    last: int,
+    watch: Callable[[], None] = lambda: None,
+) -> Stream:
+    """Take the tables of a stream as they come, and drop them. `watch` is called after each."""
     from pipelines.data.stream import training_tables
 
     since, cpu = time.perf_counter(), time.process_time()
     arrivals: list[float] = []
     sizes: list[int] = []
-    memory: list[tuple[float, float, float, float]] = []
     for table in training_tables(
         samples,
         order,
@@ -146,12 +149,11 @@ def _stream(flags: Data, samples: "PackedSet", order: "SampleOrder", first: int,
     ):
         arrivals.append(time.perf_counter() - since)
         sizes.append(len(table))
-        memory.append(_memory())
-    # Without the first table, for which all processes start; a single table is the whole stream.
-    rate = sum(sizes[1:]) / (arrivals[-1] - arrivals[0]) if len(sizes) > 1 else sizes[0] / arrivals[0]
-    store, spilled, worker, agent = np.max(memory, axis=0).tolist()
-    used = (time.process_time() - cpu) / arrivals[-1]
-    return Facts(rate=rate, first=arrivals[0], cpu=used, store=store, spilled=spilled, worker=worker, agent=agent)
+        watch()
+    # All CPUs start at once, so their first tables arrive together; the rate counts from then on.
+    skip = min(flags.cpus, len(sizes) - 1)
+    rate = sum(sizes[skip:]) / (arrivals[-1] - arrivals[skip - 1]) if skip else sizes[0] / arrivals[0]
+    return Stream(rate=rate, first=arrivals[0], cpu=(time.process_time() - cpu) / arrivals[-1])
 
 
 def _memory() -> tuple[float, float, float, float]:
