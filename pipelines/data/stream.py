@@ -21,6 +21,7 @@ import ray
 import ray.data
 from ray.data import ExecutionResources
 from ray.data._internal.datasource.range_datasource import RangeDatasource
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import UserCodeException
 
@@ -42,10 +43,11 @@ _TASKS_PER_EXECUTION = 512
 """Tasks of an execution, or those of an epoch if they are more. Ray puts an object into its store for each task before
 the first starts, which takes 1 to 4 ms."""
 
-_POLL = 0.02
-"""Seconds between two steps of an execution's loop in the trainer's process.
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.02
+"""Seconds between two steps of an execution's loop, in the trainer's process, while it has outputs to look after."""
 
-While its outputs wait for a slow consumer, the loop would otherwise not wait at all."""
+_IDLE_WAIT = 0.1
+"""Seconds to wait at most for the first of the tasks to return something."""
 
 
 def training_batches(
@@ -190,15 +192,32 @@ def _stream(
     if object_store is not None:
         # Every rank runs its own execution, each of which would otherwise use the whole cluster.
         context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=object_store)
-        context.custom_execution_callback_classes = [_Pause]
+    context.custom_execution_callback_classes = [_WaitForTasks]
+    # The loop itself would wait 0.1 s or until all tasks are done, which leaves CPUs idle for as long as a third of a
+    # task. Ray has no setting for it.
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
     return dataset
 
 
-class _Pause(ExecutionCallback):
-    """Makes the loop of an execution wait between two steps."""
+class _WaitForTasks(ExecutionCallback):
+    """Makes the loop of an execution wait until a task returns something."""
+
+    def __init__(self) -> None:
+        self._returned: set[Any] = set()
+        """Tasks that have returned something: they end, or their outputs wait for a slow consumer. Waiting for these
+        would return at once, so the loop looks after them from time to time, less and less often."""
+        self._wait = _SHORTEST_WAIT
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(_POLL)
+        running = {task.get_waitable() for operator in executor._topology for task in operator.get_active_tasks()}
+        self._returned &= running
+        ready = []
+        if computing := list(running - self._returned):
+            ready, _ = ray.wait(computing, fetch_local=False, timeout=self._wait if self._returned else _IDLE_WAIT)
+        else:
+            time.sleep(self._wait)
+        self._wait = _SHORTEST_WAIT if ready else min(2 * self._wait, _LONGEST_WAIT)
+        self._returned.update(ready)
 
 
 def _slices(tables: Iterable[Any], rows: int) -> Iterator[pa.Table]:
