@@ -6,7 +6,6 @@ A pack is a pure function of its input, so an interrupted one can be resumed and
 import hashlib
 import io
 import json
-import logging
 import re
 import uuid
 from collections.abc import Collection, Iterator, Sequence
@@ -172,14 +171,13 @@ def _on_ray(write: WriteShard, tasks: list[pa.Table]) -> Iterator[pa.Table]:
     """Apply the operator to each table in a Ray Data task; yield the results in any order."""
     import ray.data  # a pack of a few images is made without it
 
-    from pipelines.data.stream import original_errors
+    from pipelines.data.execution import configured, original_errors
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_arrow(tasks).map_batches(write, batch_size=None, batch_format="pyarrow")
-    dataset.set_name("pack")
-    dataset.context.enable_progress_bars = False
     with original_errors():
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        yield from configured(dataset, "pack", in_order=False).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
 
 
 def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -> tuple[list[pa.Table], dict[str, Any]]:

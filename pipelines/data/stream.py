@@ -6,12 +6,9 @@ shards, decodes and augments them, and returns an Arrow table. Blocks keep the o
 a rank gets exactly its samples, starting at any position, without communication with other ranks.
 """
 
-import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal
 
@@ -21,33 +18,21 @@ import ray
 import ray.data
 from ray.data import ExecutionResources
 from ray.data._internal.datasource.range_datasource import RangeDatasource
-from ray.data._internal.execution import streaming_executor_state
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.exceptions import UserCodeException
 
 from pipelines.data.batch import PanopticBatch
+from pipelines.data.execution import configured, original_errors
 from pipelines.data.manifest import PackedSet
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.tasks import LoadAndAugment, LoadAndResize
-from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 _PATIENCE = 900.0
 """Seconds that tasks wait for a storage that does not answer, unless told otherwise."""
-
-_RAISED = (UserError, StorageRefusedError, StorageUnavailableError)
-_OF_TASKS = {f"{kind.__module__}.{kind.__name__}": kind for kind in _RAISED}
 
 _TASK_CPUS = 1.0
 
 _TASKS_PER_EXECUTION = 512
 """Tasks of an execution, or those of an epoch if they are more. Ray puts an object into its store for each task before
 the first starts, which takes 1 to 4 ms."""
-
-_SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.02
-"""Seconds between two steps of an execution's loop, in the trainer's process, while it has outputs to look after."""
-
-_IDLE_WAIT = 0.1
-"""Seconds to wait at most for the first of the tasks to return something."""
 
 
 def training_batches(
@@ -172,10 +157,6 @@ def _stream(
     compute: Callable[[int], pa.Table], tasks: range, cpus: float, object_store: int | None, name: str
 ) -> ray.data.Dataset:
     """Return the dataset of the tables that `compute` returns for the numbers of tasks, in order."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    for module in ("util", "logical.rules.set_read_parallelism"):  # warn that there are more tasks than CPUs
-        logging.getLogger(f"ray.data._internal.{module}").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
 
     @wraps(compute)
     def run(numbers: pa.Table) -> pa.Table:
@@ -186,38 +167,11 @@ def _stream(
         RangeDatasource(len(tasks), column_name="number"), override_num_blocks=len(tasks), num_cpus=task_cpus
     )
     dataset = numbers.map_batches(run, batch_size=None, batch_format="pyarrow", num_cpus=task_cpus)
-    dataset.set_name(name)
-    context = dataset.context
-    context.execution_options.preserve_order = True
+    limits = None
     if object_store is not None:
         # Every rank runs its own execution, each of which would otherwise use the whole cluster.
-        context.execution_options.resource_limits = ExecutionResources(cpu=cpus, object_store_memory=object_store)
-    context.custom_execution_callback_classes = [_WaitForTasks]
-    # The loop itself would wait 0.1 s or until all tasks are done, which leaves CPUs idle for as long as a third of a
-    # task. Ray has no setting for it.
-    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
-    return dataset
-
-
-class _WaitForTasks(ExecutionCallback):
-    """Makes the loop of an execution wait until a task returns something."""
-
-    def __init__(self) -> None:
-        self._returned: set[Any] = set()
-        """Tasks that have returned something: they end, or their outputs wait for a slow consumer. Waiting for these
-        would return at once, so the loop looks after them from time to time, less and less often."""
-        self._wait = _SHORTEST_WAIT
-
-    def on_execution_step(self, executor: Any) -> None:
-        running = {task.get_waitable() for operator in executor._topology for task in operator.get_active_tasks()}
-        self._returned &= running
-        ready = []
-        if computing := list(running - self._returned):
-            ready, _ = ray.wait(computing, fetch_local=False, timeout=self._wait if self._returned else _IDLE_WAIT)
-        else:
-            time.sleep(self._wait)
-        self._wait = _SHORTEST_WAIT if ready else min(2 * self._wait, _LONGEST_WAIT)
-        self._returned.update(ready)
+        limits = ExecutionResources(cpu=cpus, object_store_memory=object_store)
+    return configured(dataset, name, in_order=True, limits=limits)
 
 
 def _slices(tables: Iterable[Any], rows: int) -> Iterator[pa.Table]:
@@ -228,20 +182,6 @@ def _slices(tables: Iterable[Any], rows: int) -> Iterator[pa.Table]:
         end = len(table) - len(table) % rows
         yield from (table.slice(start, rows) for start in range(0, end, rows))
         rest = [table.slice(end)]  # Ray Data may split a task's table if it is large
-
-
-@contextmanager
-def original_errors() -> Iterator[None]:
-    """Raise a UserError or StorageUnavailableError of a Ray Data task as such, not as Ray's exception."""
-    try:
-        yield
-    except UserCodeException as error:
-        # Of an exception in a task, Ray passes only the traceback as text; the causes of an exception are above it.
-        for line in reversed(str(error).splitlines()):
-            name, _, message = line.partition(": ")
-            if name in _OF_TASKS:
-                raise _OF_TASKS[name](message) from error
-        raise
 
 
 def _prefetched(produce: Callable[[], Iterator[PanopticBatch]], depth: int) -> Generator[PanopticBatch]:

@@ -4,7 +4,6 @@ Ray Data checks blocks of records; the results stream to this process, which onl
 bytes per image and a limited number of findings, whatever the number of faults.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -18,8 +17,8 @@ from pipelines.data.check_report import CheckReport
 from pipelines.data.check_tasks import FILE, CheckImages, HashFiles
 from pipelines.data.checks import CheckConfig
 from pipelines.data.coco import CocoDataset
+from pipelines.data.execution import configured, original_errors
 from pipelines.data.findings import Finding, Findings, escaped
-from pipelines.data.stream import original_errors
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.storage import Location, retried
@@ -61,17 +60,15 @@ def _run(table: pa.Table, operator: Callable[[pa.Table], pa.Table], what: str) -
     """Apply `operator` to blocks of the rows of `table` in Ray tasks; yield the resulting rows in order."""
     if not len(table):
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Copies, since pickling a slice pickles the entire table.
     parts = [
         table.take(list(range(start, min(start + _IMAGES_PER_TASK, len(table)))))
         for start in range(0, len(table), _IMAGES_PER_TASK)
     ]
     dataset = ray.data.from_arrow(parts).map_batches(operator, batch_size=None, batch_format="pyarrow")
-    dataset.context.enable_progress_bars = False
-    dataset.context.execution_options.preserve_order = True
-
-    batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    batches = configured(dataset, "check", in_order=True).iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    )
     with original_errors():
         for batch in progress(batches, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
             yield from cast(pa.Table, batch).to_pylist()

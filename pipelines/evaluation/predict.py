@@ -21,10 +21,11 @@ from ray.data import ActorPoolStrategy
 from maskformer import PanopticQuality, Segmenter, build_model
 from maskformer.coco_format import encode_ids
 from pipelines.checkpoints.saved_model import SavedModel
+from pipelines.data.execution import original_errors
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import original_errors, resized_images
+from pipelines.data.stream import resized_images
 from pipelines.storage import locate
 
 _ROWS_PER_TASK = 8

@@ -11,9 +11,10 @@ from ray.exceptions import RayError
 
 from maskformer import MaskFormer, PanopticQuality, Segmenter
 from pipelines.config.train import TrainConfig
+from pipelines.data.execution import original_errors
 from pipelines.data.manifest import PackedSet
 from pipelines.data.schema import RESIZED, require
-from pipelines.data.stream import original_errors, resized_images
+from pipelines.data.stream import resized_images
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.evaluation.predict import score_row
 

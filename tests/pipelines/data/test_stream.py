@@ -24,11 +24,12 @@ from pipelines.config.recipes import DEMO
 from pipelines.data import stream
 from pipelines.data.augment import Sample, augment, sample_rng
 from pipelines.data.batch import PanopticBatch
+from pipelines.data.execution import original_errors
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.order import BatchSplit, permutation
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.sample_order import SampleOrder
-from pipelines.data.stream import original_errors, resized_images, training_batches
+from pipelines.data.stream import resized_images, training_batches
 from pipelines.data.tasks import LoadAndAugment
 from pipelines.errors import StorageUnavailableError, UserError
 

@@ -1,0 +1,87 @@
+"""How this project runs Ray Data: what an execution may use, how its loop waits, and which errors its tasks raise."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ExecutionResources
+from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.exceptions import UserCodeException
+
+from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
+
+_RAISED = (UserError, StorageRefusedError, StorageUnavailableError)
+_OF_TASKS = {f"{kind.__module__}.{kind.__name__}": kind for kind in _RAISED}
+
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.02
+"""Seconds between two steps of an execution's loop, in the trainer's process, while it has outputs to look after."""
+
+_IDLE_WAIT = 0.1
+"""Seconds to wait at most for the first of the tasks to return something."""
+
+
+def configured(
+    dataset: ray.data.Dataset, name: str, *, in_order: bool, limits: ExecutionResources | None = None
+) -> ray.data.Dataset:
+    """Return `dataset`, set up for its execution. Iterate over it within `original_errors`.
+
+    Args:
+        name: of the data set in Ray's dashboard.
+        in_order: whether blocks keep the order of the tasks.
+        limits: what the tasks may use at a time; None: the whole cluster.
+    """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for module in ("util", "logical.rules.set_read_parallelism"):  # warn that there are more tasks than CPUs
+        logging.getLogger(f"ray.data._internal.{module}").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset.set_name(name)
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = in_order
+    if limits is not None:
+        context.execution_options.resource_limits = limits
+    context.custom_execution_callback_classes = [_WaitForTasks]
+    # The loop itself would wait 0.1 s or until all tasks are done, which leaves CPUs idle for as long as a third of a
+    # task. Ray has no setting for it.
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
+    return dataset
+
+
+@contextmanager
+def original_errors() -> Iterator[None]:
+    """Raise a UserError or StorageUnavailableError of a Ray Data task as such, not as Ray's exception."""
+    try:
+        yield
+    except UserCodeException as error:
+        # Of an exception in a task, Ray passes only the traceback as text; the causes of an exception are above it.
+        for line in reversed(str(error).splitlines()):
+            name, _, message = line.partition(": ")
+            if name in _OF_TASKS:
+                raise _OF_TASKS[name](message) from error
+        raise
+
+
+class _WaitForTasks(ExecutionCallback):
+    """Makes the loop of an execution wait until a task returns something."""
+
+    def __init__(self) -> None:
+        self._returned: set[Any] = set()
+        """Tasks that have returned something: they end, or their outputs wait for a slow consumer. Waiting for these
+        would return at once, so the loop looks after them from time to time, less and less often."""
+        self._wait = _SHORTEST_WAIT
+
+    def on_execution_step(self, executor: Any) -> None:
+        running = {task.get_waitable() for operator in executor._topology for task in operator.get_active_tasks()}
+        self._returned &= running
+        ready = []
+        if computing := list(running - self._returned):
+            ready, _ = ray.wait(computing, fetch_local=False, timeout=self._wait if self._returned else _IDLE_WAIT)
+        else:
+            time.sleep(self._wait)
+        self._wait = _SHORTEST_WAIT if ready else min(2 * self._wait, _LONGEST_WAIT)
+        self._returned.update(ready)
