@@ -50,7 +50,7 @@ def main() -> None:
         dataset = read_coco(CocoLayout.find(f"{folder}/coco", "all"))
         few = dataset.without(dataset.records["image_id"].to_pylist()[128:])
         check = CheckImages(dataset.layout.images, dataset.layout.panoptic, dataset.taxonomy, CheckConfig())
-        config = PackConfig(shard_megabytes=8)  # so that each CPU has several
+        config = PackConfig(shard_megabytes=16)  # so that each CPU has several
         single = {
             "check": _rate(len(few.records), lambda: check(few.records)),
             "pack": _rate(flags.images, lambda: pack(dataset, f"{folder}/one", config, in_process=True)),

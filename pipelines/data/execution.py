@@ -1,11 +1,14 @@
 """How this project runs Ray Data: what an execution may use, how its loop waits, and which errors its tasks raise."""
 
+import ctypes
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
@@ -24,24 +27,34 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.02
 _IDLE_WAIT = 0.1
 """Seconds to wait at most for the first of the tasks to return something."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's <malloc.h>."""
 
-def configured(
-    dataset: ray.data.Dataset, name: str, *, in_order: bool, limits: ExecutionResources | None = None
+
+def mapped(
+    tables: Sequence[pa.Table],
+    operator: Callable[[pa.Table], pa.Table],
+    name: str,
+    *,
+    in_order: bool,
+    task_cpus: float = 1.0,
+    limits: ExecutionResources | None = None,
 ) -> ray.data.Dataset:
-    """Return `dataset`, set up for its execution. Iterate over it within `original_errors`.
+    """Return the dataset of `operator` applied to each of the tables, in a Ray Data task each.
 
     Args:
         name: of the data set in Ray's dashboard.
-        in_order: whether blocks keep the order of the tasks.
+        in_order: whether the outputs keep the order of the tables.
+        task_cpus: CPUs of a task.
         limits: what the tasks may use at a time; None: the whole cluster.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    for module in ("util", "logical.rules.set_read_parallelism"):  # warn that there are more tasks than CPUs
-        logging.getLogger(f"ray.data._internal.{module}").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        _in_worker(operator), batch_size=None, batch_format="pyarrow", num_cpus=task_cpus
+    )
     dataset.set_name(name)
     context = dataset.context
-    context.enable_progress_bars = False
     context.execution_options.preserve_order = in_order
     if limits is not None:
         context.execution_options.resource_limits = limits
@@ -50,6 +63,12 @@ def configured(
     # task. Ray has no setting for it.
     streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
     return dataset
+
+
+def outputs(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """Yield the blocks of a dataset as they come."""
+    with original_errors():
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 @contextmanager
@@ -64,6 +83,27 @@ def original_errors() -> Iterator[None]:
             if name in _OF_TASKS:
                 raise _OF_TASKS[name](message) from error
         raise
+
+
+def _in_worker(operator: Callable[[pa.Table], pa.Table]) -> Callable[[pa.Table], pa.Table]:
+    def run(table: pa.Table) -> pa.Table:
+        _keep_freed_memory()
+        return operator(table)
+
+    run.__name__ = run.__qualname__ = getattr(operator, "__name__", type(operator).__name__)  # Ray's dashboard shows it
+    return run
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory of freed images for the next ones.
+
+    Otherwise glibc returns it after each image in a worker of Ray, and the next touches it anew, page by page.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 class _WaitForTasks(ExecutionCallback):

@@ -169,15 +169,9 @@ def pack(
 
 def _on_ray(write: WriteShard, tasks: list[pa.Table]) -> Iterator[pa.Table]:
     """Apply the operator to each table in a Ray Data task; yield the results in any order."""
-    import ray.data  # a pack of a few images is made without it
+    from pipelines.data.execution import mapped, outputs  # a pack of a few images is made without Ray
 
-    from pipelines.data.execution import configured, original_errors
-
-    dataset = ray.data.from_arrow(tasks).map_batches(write, batch_size=None, batch_format="pyarrow")
-    with original_errors():
-        yield from configured(dataset, "pack", in_order=False).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
+    yield from outputs(mapped(tasks, write, "pack", in_order=False))
 
 
 def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -> tuple[list[pa.Table], dict[str, Any]]:

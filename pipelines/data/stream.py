@@ -17,10 +17,9 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from pipelines.data.batch import PanopticBatch
-from pipelines.data.execution import configured, original_errors
+from pipelines.data.execution import mapped, outputs
 from pipelines.data.manifest import PackedSet
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.tasks import LoadAndAugment, LoadAndResize
@@ -117,8 +116,7 @@ def training_tables(
     most = max(_TASKS_PER_EXECUTION, -(-len(samples) // per_task))
     for first in range(0, count, most):
         dataset = _stream(load_and_augment, range(first, min(first + most, count)), cpus, object_store, name)
-        with original_errors():
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        yield from outputs(dataset)
 
 
 def resized_images(
@@ -159,19 +157,15 @@ def _stream(
     """Return the dataset of the tables that `compute` returns for the numbers of tasks, in order."""
 
     @wraps(compute)
-    def run(numbers: pa.Table) -> pa.Table:
-        return pa.concat_tables(compute(tasks[number]) for number in numbers["number"].to_pylist())
+    def run(task: pa.Table) -> pa.Table:
+        return compute(task["number"][0].as_py())
 
-    task_cpus = min(_TASK_CPUS, cpus)  # the same for both operators, which Ray then runs as one
-    numbers = ray.data.read_datasource(
-        RangeDatasource(len(tasks), column_name="number"), override_num_blocks=len(tasks), num_cpus=task_cpus
-    )
-    dataset = numbers.map_batches(run, batch_size=None, batch_format="pyarrow", num_cpus=task_cpus)
     limits = None
     if object_store is not None:
         # Every rank runs its own execution, each of which would otherwise use the whole cluster.
         limits = ExecutionResources(cpu=cpus, object_store_memory=object_store)
-    return configured(dataset, name, in_order=True, limits=limits)
+    numbers = [pa.table({"number": [number]}) for number in tasks]
+    return mapped(numbers, run, name, in_order=True, task_cpus=min(_TASK_CPUS, cpus), limits=limits)
 
 
 def _slices(tables: Iterable[Any], rows: int) -> Iterator[pa.Table]:

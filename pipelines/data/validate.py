@@ -6,18 +6,17 @@ bytes per image and a limited number of findings, whatever the number of faults.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 from pyarrow import fs
 
 from pipelines.data.check_report import CheckReport
 from pipelines.data.check_tasks import FILE, CheckImages, HashFiles
 from pipelines.data.checks import CheckConfig
 from pipelines.data.coco import CocoDataset
-from pipelines.data.execution import configured, original_errors
+from pipelines.data.execution import mapped, outputs
 from pipelines.data.findings import Finding, Findings, escaped
 from pipelines.errors import UserError
 from pipelines.progress import progress
@@ -65,13 +64,9 @@ def _run(table: pa.Table, operator: Callable[[pa.Table], pa.Table], what: str) -
         table.take(list(range(start, min(start + _IMAGES_PER_TASK, len(table)))))
         for start in range(0, len(table), _IMAGES_PER_TASK)
     ]
-    dataset = ray.data.from_arrow(parts).map_batches(operator, batch_size=None, batch_format="pyarrow")
-    batches = configured(dataset, "check", in_order=True).iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=0
-    )
-    with original_errors():
-        for batch in progress(batches, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
-            yield from cast(pa.Table, batch).to_pylist()
+    found = outputs(mapped(parts, operator, "check", in_order=True))
+    for batch in progress(found, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
+        yield from batch.to_pylist()
 
 
 def _find_repeated_images(dataset: CocoDataset, hashes: np.ndarray, findings: Findings) -> None:
