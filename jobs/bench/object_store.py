@@ -2,8 +2,8 @@
 
 python jobs/bench/object_store.py --input coco --split val2017
 
-The server is moto's, in a process of its own, which takes most of the time of a request: its share is what requests
-for single bytes take.
+The server is moto's, in a process of its own. It copies the whole object for each range that is asked for, which takes
+56 ms for a shard of 128 MB, so shards are small here. Its share is what requests for single bytes take.
 """
 
 import os
@@ -30,6 +30,8 @@ class ObjectStore:
     """Name of the split, such as val2017."""
     images: int = 2000
     """Images of the epoch: those of the folder again and again, under new ids and names."""
+    shard_megabytes: int = 8
+    """MB of a shard."""
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def _compare(flags: ObjectStore) -> None:
             locate(f"s3://bench/{file.relative_to(folder)}").write_bytes(file.read_bytes())
         loose = read_coco(CocoLayout.find("s3://bench/coco", "all"))
         local = read_coco(CocoLayout.find(f"{folder}/coco", "all"))
-        pack(local, "s3://bench/pack", PackConfig(), in_process=True)
+        pack(local, "s3://bench/pack", PackConfig(shard_megabytes=flags.shard_megabytes), in_process=True)
     samples = open_pack("s3://bench/pack")
     positions = np.arange(flags.images)
     epochs, indices = samples_at(positions, flags.images, 0)
