@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 
 from jobs.prepare_data import main
 from jobs.shared.cli import run
+from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import open_pack
+from pipelines.data.pack import PackConfig, pack
+from pipelines.storage import locate
 from tests.pipelines.data.coco_folder import SPLIT, edit_json, json_file, write_coco_folder
 
 
@@ -173,3 +177,26 @@ def test_real_coco_images(ray_session, monkeypatch, capsys, output):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 images checked: 0 errors, 0 warnings, 0 notes; 0 images have an error"
     assert lines[1].startswith("2 images, 47 non-crowd segments (40 of things), 1 shards, ")
+
+
+@pytest.mark.ray
+def test_check_and_pack_in_a_flaky_object_store(bucket, faulty_s3, folder, tmp_path):
+    """One of three requests fails or is slow; the pack has the bytes of one made from files."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        locate(f"{bucket}/coco/{file.relative_to(folder)}").write_bytes(file.read_bytes())
+    config = PackConfig(rows_per_shard=2)
+    pack(read_coco(CocoLayout.find(str(folder), SPLIT)), str(tmp_path / "pack"), config, in_process=True)
+    faulty_s3.mode = "flaky"
+    command = [sys.executable, "jobs/prepare_data.py", "--input", f"{bucket}/coco", "--split", SPLIT]
+    command += ["--output", f"{bucket}/pack", "--rows-per-shard", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ""}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "5 images checked: 0 errors" in done.stdout
+    for fault in ("500", "503", "slow", "refuse", "cut"):
+        assert faulty_s3.counts[fault] > 1
+    faulty_s3.mode = "ok"
+    files = sorted(file.name for file in (tmp_path / "pack").iterdir())
+    assert any(name.startswith("shard-") for name in files)
+    for name in files:
+        if name != "pack.json":  # names its input
+            assert locate(f"{bucket}/pack/{name}").read_bytes() == (tmp_path / "pack" / name).read_bytes()

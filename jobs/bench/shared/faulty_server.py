@@ -4,10 +4,13 @@ with FaultyServer("http://127.0.0.1:9000") as server:
     server.mode = "503"
 """
 
+import itertools
+import random
 import re
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from contextlib import suppress
 from http.client import HTTPConnection
@@ -15,7 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Mode = Literal["ok", "503", "silent", "refuse", "cut"]
+Mode = Literal["ok", "500", "503", "slow", "silent", "refuse", "cut", "flaky"]
+
+_FAULTS: list[Mode] = ["500", "503", "slow", "refuse", "cut"]
 
 _OF_ONE_CONNECTION = {
     "connection",
@@ -26,7 +31,11 @@ _OF_ONE_CONNECTION = {
     "upgrade",
     "expect",
 }
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_ERRORS = {
+    "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
+    "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+}
+_SLOW_SECONDS = 0.3
 
 
 class FaultyServer:
@@ -34,19 +43,23 @@ class FaultyServer:
 
     The modes:
         ok: forward the request and its answer.
-        503: answer 503 SlowDown at once.
+        500, 503: answer 500 InternalError or 503 SlowDown at once.
+        slow: wait 0.3 s before forwarding the request.
         silent: read the request and answer nothing until the mode changes or the client leaves.
         refuse: close the connection without an answer.
         cut: forward the request, and break the body of the answer off in the middle.
+        flaky: one of three requests, at random, meets 500, 503, slow, refuse or cut, in turn.
 
     Attributes:
-        counts: requests received in each mode.
+        counts: requests received in each mode. What is received while `flaky` counts there and in its own mode.
     """
 
     def __init__(self, target: str) -> None:
         self.mode: Mode = "ok"
         self._received = threading.Condition()
         self.counts: Counter[Mode] = Counter()
+        self._faults = itertools.cycle(_FAULTS)
+        self._random = random.Random(0)
         self._next: tuple[re.Pattern[str], Mode] | None = None
 
         class Handler(_Handler):
@@ -87,9 +100,13 @@ class FaultyServer:
         with self._received:
             if self._next is not None and self._next[0].search(request):
                 self.mode, self._next = self._next[1], None
-            self.counts[self.mode] += 1
+            mode = self.mode
+            self.counts[mode] += 1
+            if mode == "flaky":
+                mode = "ok" if self._random.random() > 1 / 3 else next(self._faults)
+                self.counts[mode] += 1
             self._received.notify_all()
-            return self.mode
+            return mode
 
     def wait_until(self, mode: Mode, timeout: float) -> bool:
         """Wait until a request has met `mode`; return whether one did, within `timeout` seconds."""
@@ -116,14 +133,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._break_off()
             return
         body = self._body()
-        if mode == "503":
-            self.send_response(503)
+        if mode in _ERRORS:
+            self.send_response(int(mode))
             self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(_SLOW_DOWN)))
+            self.send_header("Content-Length", str(len(_ERRORS[mode])))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(_SLOW_DOWN)
+                self.wfile.write(_ERRORS[mode])
             return
+        if mode == "slow":
+            time.sleep(_SLOW_SECONDS)
         while self.server_state.mode == "silent":
             if select.select([self.connection], [], [], 0.05)[0]:  # nothing but the end can arrive here
                 self.close_connection = True

@@ -263,7 +263,7 @@ def test_a_sample_costs_one_request(remote: PackedSet, faulty_s3: FaultyServer) 
     assert faulty_s3.counts["ok"] == 2 * NUM_IMAGES
 
 
-@pytest.mark.parametrize("mode", ["503", "refuse", "cut"])
+@pytest.mark.parametrize("mode", ["500", "503", "refuse", "cut"])
 def test_a_read_waits_for_s3(remote: PackedSet, intact: PackedSet, faulty_s3: FaultyServer, mode: Any) -> None:
     expected = augmented(intact, np.arange(2))
     assert augmented(remote, np.arange(2)) == expected  # opens shards
@@ -278,6 +278,14 @@ def test_a_read_waits_for_s3(remote: PackedSet, intact: PackedSet, faulty_s3: Fa
     faulty_s3.mode = "ok"
     reader.join()
     assert found == [expected]
+
+
+def test_rows_of_a_flaky_storage_are_equal(remote: PackedSet, intact: PackedSet, faulty_s3: FaultyServer) -> None:
+    faulty_s3.mode = "flaky"
+    positions = np.arange(NUM_IMAGES)
+    assert augmented(remote, positions, patience=120) == augmented(intact, positions)
+    for fault in ("500", "503", "slow", "refuse", "cut"):
+        assert faulty_s3.counts[fault] > 1
 
 
 def test_an_object_that_was_deleted_is_skipped(remote: PackedSet) -> None:
