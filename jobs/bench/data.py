@@ -30,7 +30,9 @@ class Data:
     recipe: str = "r50_mmdet"
     """Recipe whose augmentation is used."""
     images: int = 2000
-    """Images to stream. Those of the pack are used again and again."""
+    """Images of the data set. Those of the pack are used again and again."""
+    epochs: int = 1
+    """Times to stream them."""
     cpus: int = 2
     """CPUs for data tasks."""
     samples_per_task: int = 64
@@ -45,8 +47,8 @@ def main() -> None:
     flags = parse(Data, description=__doc__)
     if flags.recipe not in RECIPES:
         raise UserError(f"There is no recipe {flags.recipe!r}; use one of {', '.join(RECIPES)}.")
-    if min(flags.images // 10, flags.cpus, flags.samples_per_task, flags.repeats) < 1:
-        raise UserError("--images must be at least 10, and --cpus, --samples-per-task and --repeats at least 1.")
+    if min(flags.images // 10, flags.epochs, flags.cpus, flags.samples_per_task, flags.repeats) < 1:
+        raise UserError("--images must be at least 10, and the other numbers at least 1.")
 
     import numpy as np  # --help should not import them
     import ray
@@ -61,15 +63,16 @@ def main() -> None:
     one = replace(config, run=replace(config.run, global_batch=1, micro_batch=1)).with_workers(1)
     order = one.sample_order(samples)
 
-    single = _one_cpu(samples, order, min(flags.images, 512))
-    late_start = flags.images * 9 // 10
+    count = flags.images * flags.epochs
+    single = _one_cpu(samples, order, min(count, 512))
+    late_start = count * 9 // 10
     ray.init(num_cpus=flags.cpus, dashboard_port=0, log_to_driver=False, runtime_env=_ONE_THREAD)
     try:
-        _stream(flags, samples, order, 0, min(flags.images, 4 * flags.cpus * flags.samples_per_task))  # starts workers
-        whole = [_stream(flags, samples, order, 0, flags.images) for _ in range(flags.repeats)]
-        late = [_stream(flags, samples, order, late_start, flags.images) for _ in range(flags.repeats)]
+        _stream(flags, samples, order, 0, min(count, 4 * flags.cpus * flags.samples_per_task))  # starts workers
+        whole = [_stream(flags, samples, order, 0, count) for _ in range(flags.repeats)]
+        late = [_stream(flags, samples, order, late_start, count) for _ in range(flags.repeats)]
         watched: list[tuple[float, float, float, float]] = []
-        _stream(flags, samples, order, 0, flags.images, lambda: watched.append(_memory()))
+        _stream(flags, samples, order, 0, count, lambda: watched.append(_memory()))
         memory = np.array(watched)
     finally:
         ray.shutdown()
