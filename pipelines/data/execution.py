@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -32,7 +32,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def mapped(
-    tables: Sequence[pa.Table],
+    inputs: ray.data.Dataset,
     operator: Callable[[pa.Table], pa.Table],
     name: str,
     *,
@@ -40,21 +40,19 @@ def mapped(
     task_cpus: float = 1.0,
     limits: ExecutionResources | None = None,
 ) -> ray.data.Dataset:
-    """Return the dataset of `operator` applied to each of the tables, in a Ray Data task each.
+    """Return the dataset of `operator` applied to each block of `inputs`, in a Ray Data task each.
 
     Args:
         name: of the data set in Ray's dashboard.
-        in_order: whether the outputs keep the order of the tables.
+        in_order: whether the outputs keep the order of the inputs.
         task_cpus: CPUs of a task.
         limits: what the tasks may use at a time; None: the whole cluster.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_arrow(list(tables)).map_batches(
-        _in_worker(operator), batch_size=None, batch_format="pyarrow", num_cpus=task_cpus
-    )
+    dataset = inputs.map_batches(_in_worker(operator), batch_size=None, batch_format="pyarrow", num_cpus=task_cpus)
     dataset.set_name(name)
     context = dataset.context
+    context.enable_progress_bars = False
     context.execution_options.preserve_order = in_order
     if limits is not None:
         context.execution_options.resource_limits = limits

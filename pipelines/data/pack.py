@@ -169,9 +169,11 @@ def pack(
 
 def _on_ray(write: WriteShard, tasks: list[pa.Table]) -> Iterator[pa.Table]:
     """Apply the operator to each table in a Ray Data task; yield the results in any order."""
-    from pipelines.data.execution import mapped, outputs  # a pack of a few images is made without Ray
+    import ray.data  # a pack of a few images is made without it
 
-    yield from outputs(mapped(tasks, write, "pack", in_order=False))
+    from pipelines.data.execution import mapped, outputs
+
+    yield from outputs(mapped(ray.data.from_arrow(tasks), write, "pack", in_order=False))
 
 
 def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -> tuple[list[pa.Table], dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray.data
 from pyarrow import fs
 
 from pipelines.data.check_report import CheckReport
@@ -64,7 +65,7 @@ def _run(table: pa.Table, operator: Callable[[pa.Table], pa.Table], what: str) -
         table.take(list(range(start, min(start + _IMAGES_PER_TASK, len(table)))))
         for start in range(0, len(table), _IMAGES_PER_TASK)
     ]
-    found = outputs(mapped(parts, operator, "check", in_order=True))
+    found = outputs(mapped(ray.data.from_arrow(parts), operator, "check", in_order=True))
     for batch in progress(found, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
         yield from batch.to_pylist()
 
