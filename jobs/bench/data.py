@@ -2,7 +2,7 @@
 
 python jobs/bench/data.py --data packed/val2017
 
-jobs/plan.py takes the rate of one CPU as --images-per-cpu-second.
+jobs/plan.py takes the rate through Ray Data, divided by the CPUs, as --images-per-cpu-second.
 """
 
 import re
