@@ -49,6 +49,11 @@ def main() -> None:
         raise UserError(f"There is no recipe {flags.recipe!r}; use one of {', '.join(RECIPES)}.")
     if min(flags.images // 10, flags.epochs, flags.cpus, flags.samples_per_task, flags.repeats) < 1:
         raise UserError("--images must be at least 10, and the other numbers at least 1.")
+    if flags.images * flags.epochs < 8 * flags.cpus * flags.samples_per_task:
+        raise UserError(
+            f"A rate needs at least 8 tasks per CPU, {8 * flags.cpus * flags.samples_per_task:,} images. Use more "
+            f"--images or --epochs."
+        )
 
     import numpy as np  # --help should not import them
     import ray
@@ -174,8 +179,10 @@ def _memory() -> tuple[float, float, float, float]:
         command, memory = " ".join(process.info["cmdline"] or []), process.info["memory_info"]
         if memory and "MapBatches" in command:
             worker = max(worker, float(memory.rss - memory.shared))
-        elif memory and "dashboard/agent.py" in command:
+        elif memory and command.startswith("ray::DashboardAgent"):  # the title that it gives itself
             agent = max(agent, float(memory.rss))
+    if not agent:
+        raise RuntimeError("Ray runs no dashboard agent on this machine.")
     return store, spilled, worker, agent
 
 

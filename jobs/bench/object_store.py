@@ -56,14 +56,14 @@ def _compare(flags: ObjectStore) -> None:
     import torch
 
     from pipelines.config.recipes import R50_MMDET
-    from pipelines.data.augment import augment, sample_rng
+    from pipelines.data.augment import Sample, augment, sample_rng
     from pipelines.data.coco import CocoLayout, read_coco
     from pipelines.data.manifest import open_pack
     from pipelines.data.order import samples_at
     from pipelines.data.pack import PackConfig, pack
+    from pipelines.data.pixels import decode_image, decode_panoptic, index_map, index_map_type
     from pipelines.data.reading import read_files
-    from pipelines.data.shards import packed_row
-    from pipelines.data.tasks import LoadAndAugment, decoded_sample
+    from pipelines.data.tasks import LoadAndAugment
     from pipelines.storage import locate, set_patience
 
     torch.set_num_threads(1)
@@ -80,7 +80,8 @@ def _compare(flags: ObjectStore) -> None:
     positions = np.arange(flags.images)
     epochs, indices = samples_at(positions, flags.images, 0)
     entries, records = samples.index.take(indices).to_pylist(), loose.records.take(indices).to_pylist()
-    layout, config = loose.layout, R50_MMDET.data.augment
+    layout, taxonomy, config = loose.layout, loose.classes.taxonomy, R50_MMDET.data.augment
+    few = min(200, flags.images)
 
     def request() -> None:
         for entry in entries:
@@ -100,26 +101,29 @@ def _compare(flags: ObjectStore) -> None:
             (layout.panoptic / record["panoptic_file"]).read_bytes()
 
     def augmented() -> None:
-        LoadAndAugment(samples, 0, config, 60.0, False)(positions[:200], epochs[:200], indices[:200])
+        LoadAndAugment(samples, 0, config, 60.0, False)(positions[:few], epochs[:few], indices[:few])
 
     def augmented_files() -> None:
-        for record in records[:200]:
-            row = packed_row(layout, loose.classes, record)
-            augment(decoded_sample(row["image"], row["index_map"], row), sample_rng(0, 0, row["image_id"]), config)
+        for record in records[:few]:
+            image = decode_image((layout.images / record["image_file"]).read_bytes())
+            ids = decode_panoptic((layout.panoptic / record["panoptic_file"]).read_bytes())
+            plane, classes = index_map(ids, record["segments"], taxonomy)
+            sample = Sample(image, plane.astype(index_map_type(len(classes))), classes)
+            augment(sample, sample_rng(0, 0, record["image_id"]), config)
 
     request()  # opens the shards
     single, one, sequential, many = (
         1000 * _seconds(work) / flags.images for work in (request, ranges, whole_shards, files)
     )
-    few, fewer = 1000 * _seconds(augmented) / 200, 1000 * _seconds(augmented_files) / 200
+    packed, unpacked = 1000 * _seconds(augmented) / few, 1000 * _seconds(augmented_files) / few
     rows = [
         (f"of {flags.images} images, milliseconds an image", ""),
         ("one byte of each image, the server's share", f"{single:7.2f}"),
         ("bytes, pack, in the order of training", f"{one:7.2f}"),
         ("bytes, pack, whole shards", f"{sequential:7.2f}"),
         ("bytes, loose files", f"{many:7.2f}   {many / one:.1f} and {many / sequential:.1f} times as long"),
-        ("decoded and augmented, pack", f"{few:7.2f}"),
-        ("decoded and augmented, loose files", f"{fewer:7.2f}   {fewer / few:.1f} times as long"),
+        ("decoded and augmented, pack", f"{packed:7.2f}"),
+        ("decoded and augmented, loose files", f"{unpacked:7.2f}   {unpacked / packed:.1f} times as long"),
     ]
     print("\n".join(f"{name:<48}{text}" for name, text in rows))
 

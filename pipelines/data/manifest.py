@@ -68,7 +68,7 @@ def read_manifest(location: Location) -> Manifest:
         if found["version"] != VERSION:
             raise UserError(
                 f"The pack {location} has version {found['version']}, and this program reads version {VERSION}; "
-                f"pack the data set again with this version of prepare_data.py."
+                f"pack the data set again: python jobs/prepare_data.py --input COCO --split SPLIT --output NEW."
             )
         return Manifest(
             taxonomy=Taxonomy.from_coco(found["categories"]),

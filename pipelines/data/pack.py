@@ -83,8 +83,9 @@ def require_writable(file: Location) -> None:
     """
     if file.is_dir():
         raise UserError(f"{escaped(file.uri)} is a folder; give the name of a file.")
-    suffix = f".{uuid.uuid4().hex}.tmp"
-    probe = replace(file, path=f"{file.path}{suffix}", uri=f"{file.uri}{suffix}")
+    name = f".{file.name}.{uuid.uuid4().hex}.tmp"  # one of `_temporaries`, if it is left behind
+    path, uri = (whole[: whole.rstrip("/").rfind("/") + 1] + name for whole in (file.path, file.uri))
+    probe = replace(file, path=path, uri=uri)
     created = [folder for folder in Path(file.path).parents if file.is_local and not folder.exists()]
     try:
         probe.write_bytes(b"")
@@ -260,7 +261,8 @@ def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]
 
 def _temporaries(folder: Location, expected: set[str]) -> list[str]:
     # Location.write_bytes leaves these in the folder when the process is killed.
-    parts = ((name, re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", name)) for name in folder.names())
+    # `require_writable` may leave one of one.
+    parts = ((name, re.fullmatch(r"\.+(.+?)(\.[0-9a-f]{32}\.tmp)+", name)) for name in folder.names())
     return [name for name, match in parts if match and match[1] in expected]
 
 

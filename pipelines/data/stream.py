@@ -1,15 +1,17 @@
 """The Ray Data streams: from packed shards to batches in a given order.
 
-A stream is one Ray Data execution, or several in turn, each of an epoch or more. Its tasks are numbered, and the number
-of a task says which positions of the order it computes: it looks them up in the index, reads their ranges of the
-shards, decodes and augments them, and returns an Arrow table. Blocks keep the order of the tasks (`preserve_order`), so
-a rank gets exactly its samples, starting at any position, without communication with other ranks.
+A stream is several Ray Data executions in turn: a short one, which starts at once, and others of an epoch or more. Its
+tasks are numbered, and the number of a task says which positions of the order it computes: it looks them up in the
+index, reads their ranges of the shards, decodes and augments them, and returns an Arrow table. Blocks keep the order of
+the tasks (`preserve_order`), so a rank gets exactly its samples, starting at any position, without communication with
+other ranks.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import wraps
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -29,9 +31,10 @@ _PATIENCE = 900.0
 
 _TASK_CPUS = 1.0
 
-_TASKS_PER_EXECUTION = 512
-"""Tasks of an execution, or those of an epoch if they are more. Ray puts an object into its store for each task before
-the first starts, which takes 1 ms."""
+_FIRST_TASKS, _TASKS_PER_EXECUTION = 64, 512
+"""Tasks of a stream's first execution and of the others, or those of an epoch if they are more.
+
+Ray puts an object into its store for each task before an execution starts, which takes 1 ms."""
 
 
 def training_batches(
@@ -114,8 +117,8 @@ def training_tables(
 
     count = -(-(last_step - first_step) * per_step // per_task)
     most = max(_TASKS_PER_EXECUTION, -(-len(samples) // per_task))
-    for first in range(0, count, most):
-        dataset = _stream(load_and_augment, range(first, min(first + most, count)), cpus, object_store, name)
+    for first, end in pairwise(sorted({0, *range(_FIRST_TASKS, count, most), count})):
+        dataset = _stream(load_and_augment, range(first, end), cpus, object_store, name)
         yield from outputs(dataset)
 
 

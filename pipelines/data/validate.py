@@ -1,7 +1,8 @@
 """Validation of a data set: every image and PNG is opened, on all CPUs, and compared with the JSON.
 
 Ray Data checks blocks of records; the results stream to this process, which only counts. Memory holds the records, 100
-bytes per image and a limited number of findings, whatever the number of faults.
+bytes per image and a limited number of findings, whatever the number of faults. Ray's object store has the records once
+more.
 """
 
 from collections import Counter
@@ -65,8 +66,9 @@ def _run(table: pa.Table, operator: Callable[[pa.Table], pa.Table], what: str) -
         table.take(list(range(start, min(start + _IMAGES_PER_TASK, len(table)))))
         for start in range(0, len(table), _IMAGES_PER_TASK)
     ]
-    found = outputs(mapped(ray.data.from_arrow(parts), operator, "check", in_order=True))
-    for batch in progress(found, len(parts), f"blocks of {_IMAGES_PER_TASK} {what}"):
+    count, dataset = len(parts), mapped(ray.data.from_arrow(parts), operator, "check", in_order=True)
+    del parts  # Ray has them now
+    for batch in progress(outputs(dataset), count, f"blocks of {_IMAGES_PER_TASK} {what}"):
         yield from batch.to_pylist()
 
 

@@ -258,7 +258,8 @@ def test_a_task_whose_process_dies_is_repeated(
 
 
 def test_a_long_stream_is_several_executions(samples: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of at least an epoch, here of 20 tasks."""
+    """A short one, and then each of at least an epoch, here of 20 tasks."""
+    monkeypatch.setattr(stream, "_FIRST_TASKS", 3)
     monkeypatch.setattr(stream, "_TASKS_PER_EXECUTION", 1)
     started: list[range] = []
     execute = stream._stream
@@ -266,7 +267,7 @@ def test_a_long_stream_is_several_executions(samples: PackedSet, monkeypatch: py
         stream, "_stream", lambda compute, tasks, *rest: (started.append(tasks), execute(compute, tasks, *rest))[1]
     )
     found = list(batches(samples, 4, 2 * NUM_IMAGES + 8))
-    assert started == [range(0, 20), range(20, 40), range(40, 41)]
+    assert started == [range(0, 3), range(3, 23), range(23, 41)]
     assert [p for batch in found for p in batch.positions] == list(range(4, 2 * NUM_IMAGES + 8))
 
 
