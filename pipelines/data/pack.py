@@ -84,8 +84,7 @@ def require_writable(file: Location) -> None:
     if file.is_dir():
         raise UserError(f"{escaped(file.uri)} is a folder; give the name of a file.")
     name = f".{file.name}.{uuid.uuid4().hex}.tmp"  # one of `_temporaries`, if it is left behind
-    path, uri = (whole[: whole.rstrip("/").rfind("/") + 1] + name for whole in (file.path, file.uri))
-    probe = replace(file, path=path, uri=uri)
+    probe = replace(file, path=file.path.removesuffix(file.name) + name)  # messages name the file itself
     created = [folder for folder in Path(file.path).parents if file.is_local and not folder.exists()]
     try:
         probe.write_bytes(b"")
