@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 IMAGES_PER_CPU = 150.0
 """Training images that one CPU decodes and augments per second. Measured by jobs/bench/data.py through Ray Data on two
-cores of an AMD EPYC, with the two photographs of the COCO sample; without Ray one core makes 200."""
+cores of an AMD EPYC, with the two photographs of the COCO sample."""
 
 COCO_MASKS = (11, 25, 67)
 """Segments per image of COCO train2017: approximate mean, approximate 95th percentile, and maximum. The maximum is 63

@@ -57,8 +57,8 @@ def mapped(
     if limits is not None:
         context.execution_options.resource_limits = limits
     context.custom_execution_callback_classes = [_WaitForTasks]
-    # The loop itself would wait 0.1 s or until all tasks are done, which leaves CPUs idle for as long as a third of a
-    # task. Ray has no setting for it.
+    # By default each step of the loop waits 0.1 s, or until every task is done, before it starts new tasks, so CPUs are
+    # idle. Ray has no setting for it.
     streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
     return dataset
 
