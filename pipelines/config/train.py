@@ -43,7 +43,8 @@ class DataConfig:
     samples_per_task: int = 64
     """Images that one Ray Data task decodes and augments."""
     object_store_gb: float = 1.5
-    """GB of Ray's object store that the stream of each worker may use. 0.75 for each of its data CPUs were measured to be enough."""
+    """GB of Ray's object store that the stream of each worker may use. Measured with 0.75 for
+    each of its data CPUs."""
     prefetch: int = 8
     """Micro-batches that each worker prefetches."""
     damaged: Literal["stop", "skip"] = "stop"

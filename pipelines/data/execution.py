@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,10 +95,12 @@ def _in_worker(operator: Callable[[pa.Table], pa.Table]) -> Callable[[pa.Table],
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let this process keep the memory of freed images for the next ones.
+    """Let this process keep the memory of freed images for the next ones, unless its environment has a setting for it.
 
     Otherwise glibc returns it after each image in a worker of Ray, and the next touches it anew, page by page.
     """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ:  # of the user, or of the driver for everything in a training run
+        return
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)

@@ -178,7 +178,7 @@ def test_an_interrupted_pack_resumes_to_the_same_bytes(folder, output, tmp_path,
     if number:
         with pytest.raises(UserError, match="is not complete"):
             read_manifest(locate(output))
-    # A kill during a write leaves the first file, a kill while it is tested whether the folder can be written the second.
+    # A kill during a write leaves the first file; a kill during the test whether the folder can be written, the second.
     output.mkdir(exist_ok=True)
     for name in (f".shard-00001.parquet.{'0' * 32}.tmp", f"..manifest.json.{'0' * 32}.tmp.{'0' * 32}.tmp"):
         (output / name).write_bytes(b"half")
