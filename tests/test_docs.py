@@ -167,7 +167,7 @@ ray job submit -- python /app/jobs/sweep.py; maskformer-ray train-demo > log
 
 def test_every_flag_in_the_text_exists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     known = set(FOREIGN_FLAGS)
-    for job in [*JOBS, "bench/data"]:
+    for job in [*JOBS, *(f"bench/{path.stem}" for path in (ROOT / "jobs/bench").glob("[a-z]*.py"))]:
         monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", "--help-all"])
         with pytest.raises(SystemExit, match=r"^0$"):
             load(f"jobs/{job}").main()

@@ -7,6 +7,9 @@ IMAGES_PER_CPU = 150.0
 """Training images that one CPU decodes and augments per second. Measured by jobs/bench/data.py through Ray Data on two
 cores of an AMD EPYC, with the two photographs of the COCO sample."""
 
+IMAGES_PER_CPU_WITHOUT_RAY = 200.0
+"""The same without Ray Data, in a single process."""
+
 COCO_MASKS = (11, 25, 67)
 """Segments per image of COCO train2017: approximate mean, approximate 95th percentile, and maximum. The maximum is 63
 things (arXiv:2005.12872, section 4) and four stuff segments."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskformer import build_model
 from maskformer.config import ModelConfig
 from maskformer.preprocess import resized_shape
-from pipelines.config.hardware import COCO_MASKS, Hardware
+from pipelines.config.hardware import COCO_MASKS, IMAGES_PER_CPU_WITHOUT_RAY, Hardware
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
 from pipelines.config.train import TrainConfig
 from pipelines.planning.balance import step_pixels
@@ -27,8 +27,6 @@ OPERATOR = (5e-6, 10e-6)  # seconds of host time per operator, best and worst ca
 COPY = 5.0  # GB/s from a GPU to pageable memory, for the copy of a checkpoint
 SCORE = 0.3  # seconds to post-process and score one image of the quick PQ, without the network
 POLL = 2.0  # seconds between two polls of Ray Train's controller for a report
-
-WITHOUT_RAY = 200.0  # images/s that one CPU decodes and augments outside of Ray, by jobs/bench/data.py
 
 OVERHEADS = {
     "step": 38.1,  # ms per `train_step` of the demo with one small image, one worker
@@ -68,7 +66,7 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
         planned_capacity(hardware, config.scaling),
         images=COCO_TRAIN_IMAGES,
         masks=COCO_MASKS,
-        images_per_cpu=per_task / (per_task / WITHOUT_RAY + task),
+        images_per_cpu=per_task / (per_task / IMAGES_PER_CPU_WITHOUT_RAY + task),
     )
     busy = [config.run.global_batch / rate for rate in plan.demand]
     compute = [seconds * average / largest for seconds in plan.compute]
@@ -115,8 +113,8 @@ def step_model(config: TrainConfig, hardware: Hardware, overheads: Mapping[str, 
             f"{cores[1]:.1%} for each raylet, {cores[2]:.1%} in each trainer"),
         ("data limit", f"{plan.supply:,.0f} images/s by data CPUs and storage; the GCS would use a full core at "
             f"{per_task * 1000 / overheads['head']:,.0f}"),
-        ("task size", f"Ray takes {task / (task + per_task / WITHOUT_RAY):.0%} of data CPU time, and less than 5% "
-            f"from --data.samples-per-task {samples_per_task(task)}"),
+        ("task size", f"Ray takes {task / (task + per_task / IMAGES_PER_CPU_WITHOUT_RAY):.0%} of data CPU time, and "
+            f"less than 5% from --data.samples-per-task {samples_per_task(task)}"),
         ("writing", f"{plan.state.checkpoint / (hardware.storage * GB):.1f} s in the background, of "
             f"{every * total[0]:.0f} s between two checkpoints"),
         ("failure", f"{1000 * start:.0f} s to start, as measured, and on average {every / 2 * total[0]:.0f} to "
@@ -145,7 +143,7 @@ def _less(values: Sequence[float], others: Sequence[float]) -> list[float]:
 
 def samples_per_task(task: float, share: float = 0.05) -> int:
     """Return the images per task for which an overhead of `task` seconds is at most `share` of the task's time."""
-    return math.ceil(task * WITHOUT_RAY * (1 - share) / share)
+    return math.ceil(task * IMAGES_PER_CPU_WITHOUT_RAY * (1 - share) / share)
 
 
 def operators(config: ModelConfig, size: tuple[int, int]) -> int:

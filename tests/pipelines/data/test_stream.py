@@ -17,7 +17,6 @@ import ray
 import torch
 from ray.data import ExecutionResources
 from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
-from ray.exceptions import RayError
 
 from maskformer.preprocess import resize_image, resized_shape
 from pipelines.config.recipes import DEMO
@@ -31,7 +30,7 @@ from pipelines.data.pixels import decode_image, decode_panoptic, index_map
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.stream import resized_images, training_batches
 from pipelines.data.tasks import LoadAndAugment
-from pipelines.errors import StorageUnavailableError, UserError
+from pipelines.errors import UserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
 
@@ -218,23 +217,6 @@ def test_a_damaged_row_is_skipped(samples: PackedSet, damaged: tuple[PackedSet, 
             assert one.skipped == ()
             assert torch.equal(one.images, same.images)
             assert torch.equal(one.index_maps, same.index_maps)
-
-
-@pytest.mark.parametrize("kind", [UserError, StorageUnavailableError])
-def test_errors_of_tasks_keep_their_kind(kind: type[Exception]) -> None:
-    def fail(number: int) -> pa.Table:
-        raise kind("Cannot read it: the reason.") from UserError("The cause.")
-
-    with pytest.raises(kind, match=r"^Cannot read it: the reason\.$"), original_errors():
-        list(stream._stream(fail, range(1), 0.5, 10**9, "failing").iter_batches())
-
-
-def test_other_errors_of_tasks_stay_as_they_are() -> None:
-    def fail(number: int) -> pa.Table:
-        raise OSError("pipelines.errors.UserError: not this one")
-
-    with pytest.raises(RayError, match="not this one"), original_errors():
-        list(stream._stream(fail, range(1), 0.5, 10**9, "failing").iter_batches())
 
 
 def test_a_task_whose_process_dies_is_repeated(

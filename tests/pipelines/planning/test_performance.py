@@ -5,21 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.config.hardware import Hardware
+from pipelines.config.hardware import IMAGES_PER_CPU_WITHOUT_RAY, Hardware
 from pipelines.config.recipes import DEMO, R50_MMDET
-from pipelines.planning.performance import (
-    OVERHEADS,
-    WITHOUT_RAY,
-    operators,
-    samples_per_task,
-    step_model,
-)
+from pipelines.planning.performance import OVERHEADS, operators, samples_per_task, step_model
 
 
 @pytest.mark.parametrize("task", [0.001, 0.03, 0.2])
 def test_fewer_images_per_task_exceed_the_overhead_limit(task: float) -> None:
     images = samples_per_task(task)
-    share = [task / (task + n / WITHOUT_RAY) for n in (images, images - 1)]
+    share = [task / (task + n / IMAGES_PER_CPU_WITHOUT_RAY) for n in (images, images - 1)]
     assert share[0] <= 0.05 + 1e-12 < share[1] + 1e-9
 
 
