@@ -3,24 +3,16 @@
 The results equal those of the official panopticapi, corner cases included, without PNG files. Contributions are kept
 per image, so accumulators of several workers can be merged in any order with identical results, and no image can be
 counted twice.
-
-Letters: H W image, T segments of the ground truth, P of the prediction, S of either (void is segment 0 in all three),
-R runs of equal pixels.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Bool, Integer
-
+from maskformer.segment_matching import Matching, Segmentation, match_segments
 from maskformer.taxonomy import Taxonomy
-
-Segmentation: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str, Any]]]
-"""An index map [H, W] (0 is void) and its `segments_info`: `id`, `category_id`, and `iscrowd` in ground truth."""
 
 
 class ClassQuality(NamedTuple):
@@ -103,14 +95,7 @@ class PanopticQuality:
         """
         if image_id in self._images:
             raise ValueError(f"Image {image_id} was counted before; count each image once.")
-        predicted = _read_segments(*prediction, self.taxonomy, f"the prediction of image {image_id}")
-        true = _read_segments(*truth, self.taxonomy, f"the ground truth of image {image_id}")
-        if prediction[0].shape != truth[0].shape:
-            raise ValueError(
-                f"The maps of image {image_id} differ in size: prediction {tuple(prediction[0].shape)}, ground truth "
-                f"{tuple(truth[0].shape)}; resize the prediction to the original image."
-            )
-        contribution = {quality.category_id: quality for quality in _compare(predicted, true, self.taxonomy)}
+        contribution = count_segments(match_segments(prediction, truth, self.taxonomy, image_id), self.taxonomy)
         self._images[image_id] = contribution
         return contribution
 
@@ -136,30 +121,34 @@ class PanopticQuality:
 
     def result(self) -> PanopticResult:
         """Return the qualities over all images so far, independent of the order of updates and merges."""
-        by_category: defaultdict[int, list[ClassQuality]] = defaultdict(list)
-        for contribution in self._images.values():
-            for category_id, quality in contribution.items():
-                by_category[category_id].append(quality)
-        per_class = {
-            category.name: ClassQuality(
-                category.id,
-                # fsum rounds once, so the result does not depend on the order of the images.
-                iou=math.fsum(quality.iou for quality in by_category[category.id]),
-                tp=sum(quality.tp for quality in by_category[category.id]),
-                fp=sum(quality.fp for quality in by_category[category.id]),
-                fn=sum(quality.fn for quality in by_category[category.id]),
-            )
-            for category in self.taxonomy.categories
-        }
-        qualities = list(per_class.values())
-        num_things = self.taxonomy.num_things
-        return PanopticResult(
-            all=_average(qualities),
-            things=_average(qualities[:num_things]),
-            stuff=_average(qualities[num_things:]),
-            per_class=per_class,
-            num_images=len(self._images),
+        return panoptic_result(self._images.values(), self.taxonomy)
+
+
+def panoptic_result(images: Collection[Mapping[int, ClassQuality]], taxonomy: Taxonomy) -> PanopticResult:
+    """Return the qualities over images, from the contribution of each by category id."""
+    by_category: defaultdict[int, list[ClassQuality]] = defaultdict(list)
+    for contribution in images:
+        for category_id, quality in contribution.items():
+            by_category[category_id].append(quality)
+    per_class = {
+        category.name: ClassQuality(
+            category.id,
+            # fsum rounds once, so the result does not depend on the order of the images.
+            iou=math.fsum(quality.iou for quality in by_category[category.id]),
+            tp=sum(quality.tp for quality in by_category[category.id]),
+            fp=sum(quality.fp for quality in by_category[category.id]),
+            fn=sum(quality.fn for quality in by_category[category.id]),
         )
+        for category in taxonomy.categories
+    }
+    qualities = list(per_class.values())
+    return PanopticResult(
+        all=_average(qualities),
+        things=_average(qualities[: taxonomy.num_things]),
+        stuff=_average(qualities[taxonomy.num_things :]),
+        per_class=per_class,
+        num_images=len(images),
+    )
 
 
 def _average(qualities: Iterable[ClassQuality]) -> AverageQuality:
@@ -175,113 +164,23 @@ def _average(qualities: Iterable[ClassQuality]) -> AverageQuality:
     )
 
 
-class _Segments(NamedTuple):
-    """One index map and its segments by ascending id, void first."""
-
-    label: str
-    """The map, for messages."""
-    pixels: Integer[np.ndarray, " HW"]
-    ids: Integer[np.ndarray, " S"]
-    classes: Integer[np.ndarray, " S"]
-    """Class indices; -1 for void."""
-    crowd: Bool[np.ndarray, " S"]
-    crowd_of_class: dict[int, int]
-    """Row of the crowd segment of each class index that has one."""
-
-
-def _read_segments(
-    pixels: Integer[np.ndarray, "_ _"], infos: Sequence[Mapping[str, Any]], taxonomy: Taxonomy, label: str
-) -> _Segments:
-    pixels = np.asarray(pixels)
-    if pixels.ndim != 2 or pixels.dtype.kind not in "iu" or not pixels.size:
-        raise ValueError(
-            f"An index map is a non-empty integer array [H,W], got {pixels.dtype} {list(pixels.shape)} in {label}."
+def count_segments(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassQuality]:
+    """Return the quality of one image by category id, for the classes present or predicted in it."""
+    rows, columns = matching.matches
+    classes = matching.true.classes[rows].tolist()
+    matched: defaultdict[int, list[float]] = defaultdict(list)
+    for class_index, iou in zip(classes, matching.iou[rows, columns].tolist(), strict=True):
+        matched[class_index].append(iou)
+    missed = Counter(matching.true.classes[matching.missed].tolist())
+    false = Counter(matching.predicted.classes[matching.false].tolist())
+    return {
+        category_id: ClassQuality(
+            category_id,
+            iou=math.fsum(matched[class_index]),
+            tp=len(matched[class_index]),
+            fp=false[class_index],
+            fn=missed[class_index],
         )
-    for info in infos:
-        missing = {"id", "category_id"} - info.keys()
-        if missing:
-            raise ValueError(f"A segment needs id and category_id, got {dict(info)} in {label}; add {sorted(missing)}.")
-        if info["category_id"] not in taxonomy:
-            raise ValueError(
-                f"Segment {info['id']} in {label} has the unknown category_id {info['category_id']}; use category ids "
-                f"of the taxonomy, not class indices."
-            )
-    listed = [int(info["id"]) for info in infos]
-    if len(set(listed)) < len(listed) or min(listed, default=1) < 1:
-        raise ValueError(
-            f"Segment ids must be positive and differ (0 is void), got {listed} in {label}; renumber the segments."
-        )
-    ordered = sorted(infos, key=lambda info: info["id"])
-    classes = [taxonomy.class_index(info["category_id"]) for info in ordered]
-    ids = [0, *sorted(listed)]
-    return _Segments(
-        label,
-        pixels.ravel(),
-        ids=np.array(ids, dtype=np.int64),
-        classes=np.array([-1, *classes], dtype=np.int64),
-        crowd=np.array([False, *(bool(info.get("iscrowd", 0)) for info in ordered)]),
-        crowd_of_class={
-            taxonomy.class_index(info["category_id"]): ids.index(info["id"]) for info in infos if info.get("iscrowd", 0)
-        },
-    )
-
-
-def _compare(predicted: _Segments, true: _Segments, taxonomy: Taxonomy) -> Iterable[ClassQuality]:
-    overlap = _overlap(true, predicted)
-    true_area, predicted_area = overlap.sum(axis=1), overlap.sum(axis=0)
-    for segments, area in ((true, true_area), (predicted, predicted_area)):
-        absent = segments.ids[1:][area[1:] == 0]
-        if absent.size:
-            raise ValueError(
-                f"The segments {absent.tolist()} have no pixel in {segments.label}; remove them from segments_info."
-            )
-
-    intersection = overlap[1:, 1:]
-    union = true_area[1:, None] + (predicted_area - overlap[0])[None, 1:] - intersection
-    iou = intersection / union
-    same_class = true.classes[1:, None] == predicted.classes[None, 1:]
-    match = (iou > 0.5) & same_class & ~true.crowd[1:, None]  # above one half, so at most one per row and column
-    matched_rows, matched_columns = np.nonzero(match)
-
-    ignorable = overlap[0].copy()
-    for column, class_index in enumerate(predicted.classes):
-        if class_index in true.crowd_of_class:
-            ignorable[column] += overlap[true.crowd_of_class[class_index], column]
-    ignored = ignorable[1:] / predicted_area[1:] > 0.5
-
-    matched_classes = true.classes[1:][matched_rows]
-    missed_classes = true.classes[1:][~match.any(axis=1) & ~true.crowd[1:]]
-    wrong_classes = predicted.classes[1:][~match.any(axis=0) & ~ignored]
-    matched_iou = iou[matched_rows, matched_columns]
-    for class_index in np.unique(np.concatenate([matched_classes, missed_classes, wrong_classes])).tolist():
-        yield ClassQuality(
-            taxonomy.category_id(class_index),
-            iou=math.fsum(matched_iou[matched_classes == class_index]),
-            tp=int(np.count_nonzero(matched_classes == class_index)),
-            fp=int(np.count_nonzero(wrong_classes == class_index)),
-            fn=int(np.count_nonzero(missed_classes == class_index)),
-        )
-
-
-def _overlap(true: _Segments, predicted: _Segments) -> Integer[np.ndarray, "T P"]:
-    """Count the pixels that each pair of segments has in common."""
-    # Index maps consist of runs of equal pixels. Looking up one pixel per run is ten times faster than looking up all,
-    # and ids up to 2^24 need no table of that length.
-    changes = (true.pixels[1:] != true.pixels[:-1]) | (predicted.pixels[1:] != predicted.pixels[:-1])
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    lengths = np.diff(starts, append=true.pixels.size)
-    overlap = np.zeros((len(true.ids), len(predicted.ids)), dtype=np.int64)
-    np.add.at(overlap, (_rows(true, starts), _rows(predicted, starts)), lengths)
-    return overlap
-
-
-def _rows(segments: _Segments, starts: Integer[np.ndarray, " R"]) -> Integer[np.ndarray, " R"]:
-    values = segments.pixels[starts].astype(np.int64)
-    rows = np.minimum(np.searchsorted(segments.ids, values), len(segments.ids) - 1)
-    unknown = np.unique(values[segments.ids[rows] != values])
-    if unknown.size:
-        raise ValueError(
-            f"The ids {unknown[:8].tolist()} are in the map but not in the segments_info of {segments.label}; "
-            f"list every segment, or set its pixels to 0 (void)."
-        )
-    return rows
+        for class_index in sorted({*matched, *missed, *false})
+        for category_id in [taxonomy.category_id(class_index)]
+    }

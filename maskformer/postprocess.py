@@ -55,9 +55,7 @@ def panoptic(
     _check_classes(class_logits, taxonomy)
     _check_sizes(size)
     original = size[2]
-    scores, classes = class_logits.float().softmax(dim=-1).max(dim=-1)
-    kept = torch.nonzero((classes != taxonomy.num_classes) & (scores > config.score_threshold))[:, 0]
-    scores, classes = scores[kept], classes[kept]
+    kept, scores, classes = _kept(class_logits, config, taxonomy)
 
     # A running maximum, one query at a time.
     owner = torch.zeros(original, dtype=torch.int32, device=mask_logits.device)
@@ -83,6 +81,34 @@ def panoptic(
         taxonomy,
     )
     return id_of_query[owner.cpu().numpy()], segments
+
+
+@torch.no_grad()
+def keep_queries(
+    class_logits: Float[Tensor, "Q K1"],
+    mask_logits: Float[Tensor, "Q h w"],
+    config: PanopticConfig,
+    taxonomy: Taxonomy,
+) -> tuple[Float[Tensor, "kept K1"], Float[Tensor, "kept h w"]]:
+    """Return the logits of the queries that `panoptic` uses, from which it computes the same result.
+
+    They are a small part of all, and cheap to send to another process.
+
+    Raises:
+        ValueError: the logits and the taxonomy differ in their number of classes.
+    """
+    _check_classes(class_logits, taxonomy)
+    kept, _, _ = _kept(class_logits, config, taxonomy)
+    return class_logits[kept], mask_logits[kept]
+
+
+def _kept(
+    class_logits: Float[Tensor, "Q K1"], config: PanopticConfig, taxonomy: Taxonomy
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """Return the queries with a class and a score above the threshold, with their scores and classes."""
+    scores, classes = class_logits.float().softmax(dim=-1).max(dim=-1)
+    kept = torch.nonzero((classes != taxonomy.num_classes) & (scores > config.score_threshold))[:, 0]
+    return kept, scores[kept], classes[kept]
 
 
 def _number_segments(

@@ -13,7 +13,8 @@ import pytest
 from panopticapi.evaluation import PQStat, pq_compute_single_core
 from PIL import Image
 
-from maskformer.panoptic_quality import PanopticQuality, Segmentation
+from maskformer.panoptic_quality import PanopticQuality
+from maskformer.segment_matching import Segmentation
 from maskformer.taxonomy import Category, Taxonomy
 
 NUM_PAIRS = 240
