@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskformer.config import PanopticConfig
 from maskformer.model import MaskFormer
-from maskformer.postprocess import Size, instances, panoptic, semantic
+from maskformer.postprocess import Size, instances, keep_queries, panoptic, semantic
 from maskformer.preprocess import normalize, resize_image, resized_shape
 from maskformer.taxonomy import Taxonomy
 
@@ -45,6 +45,17 @@ class Segmenter:
         """Segment an image that is already resized; the result has the size `original` (height, width)."""
         ids, segments = panoptic(*self._forward(image, original), self.config, self.taxonomy)
         return np.asarray(ids), segments
+
+    def run_network(
+        self, image: UInt8[np.ndarray, "h w 3"]
+    ) -> tuple[Float[Tensor, "kept K1"], Float[Tensor, "kept h4 w4"]]:
+        """Return the logits, on the CPU, from which `panoptic` computes the segments of a resized image.
+
+        The network and post-processing can so run in different processes, with results equal to `segment_resized`.
+        """
+        class_logits, mask_logits, _ = self._forward(image, (1, 1))
+        kept_logits, kept_masks = keep_queries(class_logits, mask_logits, self.config, self.taxonomy)
+        return kept_logits.cpu(), kept_masks.cpu()
 
     def semantic(self, image: UInt8[np.ndarray, "H W 3"]) -> Int32[np.ndarray, "H W"]:
         """Return the class index of each pixel of an RGB image, as numbered by `taxonomy`; no pixel is void."""

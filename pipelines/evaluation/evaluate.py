@@ -1,51 +1,30 @@
 """evaluate(): the PQ of a checkpoint on a pack, with predictions in COCO's panoptic result format."""
 
-import json
-import re
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from maskformer.panoptic_quality import PanopticQuality, PanopticResult
+import numpy as np
+
+from maskformer.analysis.summary import summarize
+from maskformer.panoptic_quality import PanopticQuality
 from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
 from pipelines.cluster.session import session
 from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.data.pixels import decode_panoptic
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
 from pipelines.errors import UserError
-from pipelines.evaluation.predict import predict
+from pipelines.evaluation.folder import PREDICTIONS, EvaluationFolder
+from pipelines.evaluation.result import EvaluationResult
+from pipelines.evaluation.score import ScoredImage, score_images
 from pipelines.progress import progress
-from pipelines.storage import Location, locate
+from pipelines.storage import locate
 
-_FORBIDDEN = re.compile(r"[^\w./ :-]")
-"""Characters that MLflow does not allow in the names of metrics."""
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Panoptic quality of a checkpoint on a data set, in fractions 0..1."""
-
-    quality: PanopticResult
-    per_image: dict[int, PanopticResult]
-    output: str
-    """Folder with predictions.json, predictions/*.png and metrics.json."""
-    model: SavedModel
-    data_hash: str
-    """Hash of the evaluated pack, as `PackedSet.data_hash`."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """PQ, SQ and RQ of all classes, of things and of stuff, and the PQ of each class.
-
-        Groups without classes are omitted.
-        """
-        groups = {"all": self.quality.all, "things": self.quality.things, "stuff": self.quality.stuff}
-        flat = {
-            f"{name}/{group}": getattr(values, name) for group, values in groups.items() for name in ("pq", "sq", "rq")
-        }
-        for name, values in self.quality.per_class.items():
-            flat[f"pq_class/{_FORBIDDEN.sub('_', name)}"] = values.pq
-        return {name: value for name, value in flat.items() if value == value}  # a group without a class is nan
+_TESTED_IMAGES = 8
 
 
 def evaluate(
@@ -54,20 +33,22 @@ def evaluate(
     *,
     output: str,
     predictors: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     cpus: float = 1.0,
 ) -> EvaluationResult:
     """Segment every image of a pack exactly once, at its original size, and compute PQ.
+
+    An equal evaluation that was interrupted in `output` is continued.
 
     Args:
         checkpoint: path or URI of a run's folder (for its best checkpoint with `@best` at the end), one of its
             checkpoints, or a checkpoint of another program; or a model in memory.
             The thresholds and the image size are those of its configuration.
         data: path or URI of the pack, or the opened pack.
-        output: folder for the predictions; an earlier evaluation in it is replaced.
+        output: folder for the predictions; another evaluation in it is replaced.
         predictors: number of processes with a copy of the model, each with one GPU on `cuda`.
-        device: cpu or cuda.
-        cpus: CPUs of each predictor, and of each task that reads images.
+        device: cpu, cuda, or auto: cuda if the cluster has a GPU for each predictor.
+        cpus: CPUs of each predictor, and of each task that reads or scores images.
 
     Raises:
         UserError: checkpoint or data cannot be read or have different categories, the cluster is too small, or
@@ -80,60 +61,101 @@ def evaluate(
             f"The checkpoint {saved.uri} has {saved.taxonomy.num_classes} categories, which are not the "
             f"{samples.taxonomy.num_classes} of {samples.uri}. Evaluate on data with the categories it was trained on."
         )
-    folder = locate(output)
-    _clear(folder)
+    folder = EvaluationFolder(locate(output))
+    score_the_truth(samples)
     with session():
-        per_worker = {"CPU": cpus, **({"GPU": 1.0} if device == "cuda" else {})}
-        require_fit(
-            checks.capacity(),
-            Demand(workers=predictors, per_worker=per_worker, data_cpus=cpus),
-            "Use fewer --scaling.workers, a lower --scaling.cpus-per-worker, or a larger cluster.",
-            what="The evaluation",
-        )
-        results = predict(
-            saved,
-            samples,
-            png_folder=str(folder / "predictions"),
-            predictors=predictors,
-            device=device,
-            cpus=cpus,
-        )
-        results = sorted(progress(results, len(samples), "images evaluated"), key=lambda result: result.image_id)
-    _require_each_once([result.image_id for result in results], samples)
-    total = PanopticQuality(saved.taxonomy)
-    for result in results:
-        total.merge(result.quality)
-    evaluation = EvaluationResult(
-        quality=total.result(),
-        per_image={result.image_id: result.quality.result() for result in results},
-        output=str(folder),
-        model=saved,
-        data_hash=samples.data_hash,
-    )
-    annotations = [
-        {"image_id": r.image_id, "file_name": r.file_name, "segments_info": r.segments_info} for r in results
-    ]
-    (folder / "predictions.json").write_text(json.dumps({"annotations": annotations}))
-    (folder / "metrics.json").write_text(json.dumps(_summary(evaluation), indent=1))
-    return evaluation
+        device = _resolve(device, predictors)
+        done = folder.start(_identity(saved, samples, device))
+        rest = samples.take(np.flatnonzero(~np.isin(samples.image_ids, list(done))))
+        results: Iterator[ScoredImage] = iter(())
+        if len(rest):
+            per_worker = {"CPU": cpus, **({"GPU": 1.0} if device == "cuda" else {})}
+            require_fit(
+                checks.capacity(),
+                Demand(workers=predictors, per_worker=per_worker, data_cpus=cpus),
+                "Use fewer --scaling.workers, a lower --scaling.cpus-per-worker, or a larger cluster.",
+                what="The evaluation",
+            )
+            results = score_images(
+                saved,
+                rest,
+                png_folder=str(folder.location / PREDICTIONS),
+                predictors=predictors,
+                device=device,
+                cpus=cpus,
+            )
+        done |= {image.image_id: image for image in progress(folder.keep(results), len(rest), "images evaluated")}
+    return finish(folder, list(done.values()), samples, model=saved, png_folder=str(folder.location / PREDICTIONS))
 
 
-def _summary(evaluation: EvaluationResult) -> dict[str, Any]:
+def score_the_truth(samples: PackedSet) -> None:
+    """Check that the ground truth of some images, taken as a prediction, has PQ 100, before a model runs for hours.
+
+    Raises:
+        UserError: it has not, or a row is damaged.
+    """
+    quality = PanopticQuality(samples.taxonomy)
+    for entry in samples.subset(_TESTED_IMAGES).index.to_pylist():
+        shard, segments = samples.shards[entry["shard"]], entry["segments"]
+        try:
+            panoptic, _ = read_files(shard, entry, "panoptic", "panoptic")
+            ids = decode_panoptic(panoptic)
+            crowds = [segment["id"] for segment in segments if segment["iscrowd"]]
+            predicted = np.where(np.isin(ids, crowds), 0, ids)
+            kept = [segment for segment in segments if not segment["iscrowd"]]
+            quality.update((predicted, kept), (ids, segments), entry["image_id"])
+        except UnusableRowError as error:
+            raise UserError(f"{error}. {PACK_AGAIN}.") from error
+        except ValueError as error:
+            raise UserError(f"Row {entry['row']} of {shard} is not consistent: {error} {PACK_AGAIN}.") from error
+    result = quality.result()
+    if result.all.num_classes and result.pq != 1.0:
+        raise UserError(
+            f"The ground truth of {samples.uri} has PQ {100 * result.pq:.2f} instead of 100 when it is taken as a "
+            f"prediction, so its PNGs do not fit their segments. {PACK_AGAIN}."
+        )
+
+
+def _resolve(device: str, predictors: int) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if checks.capacity().total("GPU") >= predictors else "cpu"
+
+
+def _identity(saved: SavedModel, samples: PackedSet, device: str) -> dict[str, Any]:
+    size, weights = saved.config.evaluation, hashlib.sha256()
+    for name, tensor in sorted(saved.weights.items()):
+        weights.update(name.encode())
+        weights.update(tensor.contiguous().numpy().data)
     return {
-        "checkpoint": evaluation.model.uri,
-        "step": evaluation.model.step,
-        "data_hash": evaluation.data_hash,
-        "num_images": evaluation.quality.num_images,
-        "metrics": evaluation.metrics,
+        "checkpoint": saved.uri,
+        "step": saved.step,
+        "weights": weights.hexdigest(),
+        "panoptic": asdict(saved.config.panoptic),
+        "size": [size.short_side, size.long_side],
+        "device": device,
+        "data_hash": samples.data_hash,
+        "images": len(samples),
     }
 
 
-def _clear(folder: Location) -> None:
-    foreign = [name for name in folder.names() if name not in ("predictions", "predictions.json", "metrics.json")]
-    if foreign:
-        raise UserError(f"{folder} has {', '.join(foreign[:5])}, which no evaluation wrote. Choose another --output.")
-    for name in ("metrics.json", "predictions.json", "predictions"):
-        (folder / name).delete()
+def finish(folder: EvaluationFolder, images: list[ScoredImage], samples: PackedSet, **facts: Any) -> EvaluationResult:
+    """Add up the images of a complete evaluation, and write what is left of its files.
+
+    Args:
+        facts: the other fields of the result.
+    """
+    images.sort(key=lambda image: image.image_id)
+    _require_each_once([image.image_id for image in images], samples)
+    evaluation = EvaluationResult(
+        analysis=summarize([image.analysis for image in images], samples.taxonomy),
+        images=images,
+        output=str(folder.location),
+        data=samples,
+        **facts,
+    )
+    folder.finish(images, evaluation.summary)
+    return evaluation
 
 
 def _require_each_once(image_ids: list[int], samples: PackedSet) -> None:

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from maskformer.config import PanopticConfig
 from maskformer.panoptic_quality import PanopticQuality
-from maskformer.postprocess import Size, _Resizer, instances, panoptic, semantic  # pyright: ignore[reportPrivateUsage]
+from maskformer.postprocess import (
+    Size,
+    _Resizer,  # pyright: ignore[reportPrivateUsage]
+    instances,
+    keep_queries,
+    panoptic,
+    semantic,
+)
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco(
@@ -90,6 +97,18 @@ def test_equals_the_slow_definition(seed: int):
     quality = PanopticQuality(TAXONOMY)
     quality.update((ids, segments), (ids, segments), image_id=seed)
     assert not segments or quality.result().pq == 1.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_kept_queries_alone_give_the_same_result(seed: int):
+    class_logits, mask_logits, size = random_case(seed)
+    config = PanopticConfig(score_threshold=(0.4, 0.9, 1.0)[seed % 3], overlap_threshold=0.3)
+    kept = keep_queries(class_logits, mask_logits, config, TAXONOMY)
+    assert len(kept[0]) == len(kept[1]) <= len(class_logits)
+    ids, segments = panoptic(*kept, size, config, TAXONOMY)
+    expected_ids, expected = panoptic(class_logits, mask_logits, size, config, TAXONOMY)
+    assert np.array_equal(ids, expected_ids)
+    assert segments == expected
 
 
 def test_the_random_cases_drop_and_merge_segments():

@@ -1,0 +1,230 @@
+"""evaluate_predictions(): the PQ of COCO panoptic results on disk, of any program."""
+
+import json
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from maskformer.analysis.image import analyze_image
+from maskformer.taxonomy import Taxonomy
+from pipelines.cluster.session import session
+from pipelines.data.execution import mapped, outputs
+from pipelines.data.findings import escaped
+from pipelines.data.manifest import PackedSet, open_pack
+from pipelines.data.pixels import decode_panoptic
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
+from pipelines.errors import UserError
+from pipelines.evaluation.evaluate import finish, score_the_truth
+from pipelines.evaluation.folder import EvaluationFolder
+from pipelines.evaluation.result import EvaluationResult
+from pipelines.evaluation.score import ScoredImage
+from pipelines.progress import progress
+from pipelines.storage import Location, locate, sha256
+
+_IMAGES_PER_TASK = 16
+_EXAMPLES = 3
+
+
+def evaluate_predictions(
+    predictions: str, data: str | PackedSet, *, output: str, cpus: float = 1.0
+) -> EvaluationResult:
+    """Compare COCO panoptic results with the ground truth of a pack and compute PQ.
+
+    Args:
+        predictions: path or URI of the JSON of the results, or of a folder with it. The PNGs are in a folder with the
+            name of the JSON without `.json`, as panopticapi wants it, in `predictions`, or beside the JSON.
+        data: path or URI of the pack, or the opened pack.
+        output: folder for the numbers; another evaluation in it is replaced.
+        cpus: CPUs of each task.
+
+    Raises:
+        UserError: the predictions cannot be read, or are not one valid result for each image of the pack. The message
+            counts the faults by kind.
+    """
+    samples = data if isinstance(data, PackedSet) else open_pack(data)
+    faults: dict[str, list[str]] = defaultdict(list)
+    found = _read(locate(predictions), samples, faults)
+    folder = EvaluationFolder(locate(output))
+    score_the_truth(samples)
+    identity = {"predictions": str(found.json), "hash": found.hash, "data_hash": samples.data_hash}
+    with session():
+        done = folder.start(identity)
+        results = progress(_scored(found, samples, cpus), len(found.annotations), "images compared")
+        for result in results:
+            if isinstance(result, ScoredImage):
+                done[result.image_id] = result
+            else:
+                faults[result[0]].append(result[1])
+    if faults:
+        raise UserError(
+            f"The predictions of {found.json} cannot be scored: {_counted(faults)}. Correct them; nothing was scored."
+        )
+    return finish(folder, list(done.values()), samples, png_folder=str(found.png_folder))
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    json: Location
+    hash: str
+    png_folder: Location
+    annotations: dict[int, dict[str, Any]]
+    """Of each image of the pack that has one, by its id."""
+
+
+def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) -> _Predictions:
+    """Read the JSON and check everything but the PNGs."""
+    file = _json_file(location)
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+        listed = [(annotation["image_id"], annotation) for annotation in found["annotations"]]
+        named = [(annotation["file_name"], annotation["segments_info"]) for _, annotation in listed]
+        usable = all(isinstance(name, str) and isinstance(segments, list) for name, segments in named)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a JSON of COCO panoptic results ({type(error).__name__}: {escaped(str(error))}): it needs "
+            f"`annotations` with image_id, file_name and segments_info."
+        ) from error
+    if not usable:
+        raise UserError(f"{file} has an annotation whose file_name is not text, or whose segments_info is not a list.")
+    _require_categories(found.get("categories"), samples.taxonomy, file)
+    known = set(samples.image_ids.tolist())
+    annotations: dict[int, dict[str, Any]] = {}
+    for image_id, annotation in listed:
+        name = annotation["file_name"]
+        if not isinstance(image_id, int) or image_id not in known:
+            faults["results for images that the data does not have"].append(f"image {escaped(str(image_id))}")
+        elif image_id in annotations:
+            faults["images with more than one result"].append(f"image {image_id}")
+        elif posixpath.basename(name) != name or name in ("", ".", ".."):
+            faults["file names that are more than a name"].append(f"image {image_id}: {escaped(name)}")
+        else:
+            annotations[image_id] = annotation
+    seen = {image_id for image_id, _ in listed if isinstance(image_id, int)}
+    faults_of_missing = [f"image {image_id}" for image_id in sorted(known - seen)]
+    if faults_of_missing:
+        faults["images without a result"] += faults_of_missing
+    return _Predictions(file, sha256(content), _png_folder(file, annotations), annotations)
+
+
+def _json_file(location: Location) -> Location:
+    if not location.exists():
+        raise UserError(f"There are no predictions at {location}. Give a COCO panoptic JSON, or a folder with one.")
+    if not location.is_dir():
+        return location
+    names = [name for name in location.names() if name.endswith(".json")]
+    if "predictions.json" in names:
+        return location / "predictions.json"
+    if len(names) != 1:
+        raise UserError(
+            f"{location} has {len(names)} JSON files{': ' if names else ''}{escaped(', '.join(names[:5]))}. Give the "
+            f"file of the panoptic results."
+        )
+    return location / names[0]
+
+
+def _png_folder(file: Location, annotations: Mapping[int, Mapping[str, Any]]) -> Location:
+    parent = locate(str(file).rpartition("/")[0])
+    folders = [parent / file.name.removesuffix(".json"), parent / "predictions", parent]
+    first = next(iter(annotations.values()), None)
+    if first is None:
+        return parent
+    for folder in folders:
+        if (folder / first["file_name"]).exists():
+            return folder
+    raise UserError(
+        f"There is no {escaped(first['file_name'])}, which {file} names, in {', '.join(map(str, folders))}. Put the "
+        f"PNGs into {folders[0]}."
+    )
+
+
+def _require_categories(categories: object, taxonomy: Taxonomy, file: Location) -> None:
+    """Refuse results whose own list of categories differs from that of the data; most programs write none."""
+    if categories is None:
+        return
+    try:
+        other = Taxonomy.from_coco(categories)  # pyright: ignore[reportArgumentType] -- it raises for other types
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has categories that cannot be read: {escaped(str(error))}") from error
+    ours, theirs = ({(c.id, c.name, c.isthing) for c in each.categories} for each in (taxonomy, other))
+    if ours != theirs:
+        (identifier, name, _) = min(ours ^ theirs)
+        raise UserError(
+            f"{file} has other categories than the data: {other.num_classes} instead of {taxonomy.num_classes}, and "
+            f"category {identifier} ({escaped(name)}) is not the same in both. Score results of the same categories."
+        )
+
+
+def _scored(found: _Predictions, samples: PackedSet, cpus: float) -> Iterator[ScoredImage | tuple[str, str]]:
+    """Yield the result of each image, or the kind of its fault and an example."""
+    places = [index for index, image_id in enumerate(samples.image_ids.tolist()) if image_id in found.annotations]
+    tasks = [
+        {"annotations": json.dumps([(index, found.annotations[int(samples.image_ids[index])]) for index in some])}
+        for some in (places[start : start + _IMAGES_PER_TASK] for start in range(0, len(places), _IMAGES_PER_TASK))
+    ]
+    if not tasks:
+        return
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+    compare = _Compare(samples, str(found.png_folder))
+    for table in outputs(mapped(dataset, compare, "compare predictions", in_order=False, task_cpus=cpus)):
+        for row in table.to_pylist():
+            yield ScoredImage.from_json(row["result"]) if row["result"] else (row["kind"], row["example"])
+
+
+@dataclass(frozen=True)
+class _Compare:
+    """The task: maps annotations to results, or to what is wrong with them."""
+
+    samples: PackedSet
+    png_folder: str
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for text in table["annotations"].to_pylist():
+            for index, annotation in json.loads(text):
+                result, kind, example = self._compare(index, annotation)
+                rows.append({"result": result, "kind": kind, "example": example})
+        return pa.Table.from_pylist(rows, schema=_COMPARED)
+
+    def _compare(self, index: int, annotation: dict[str, Any]) -> tuple[str, str, str]:
+        (entry,) = self.samples.index.take([index]).to_pylist()
+        image_id, name = entry["image_id"], annotation["file_name"]
+        try:
+            panoptic, _ = read_files(self.samples.shards[entry["shard"]], entry, "panoptic", "panoptic")
+        except UnusableRowError as error:
+            raise UserError(f"{error}. {PACK_AGAIN}.") from error
+        file = locate(self.png_folder) / name
+        try:
+            ids = decode_panoptic(file.read_bytes())
+        except FileNotFoundError:
+            return "", "PNGs that do not exist", f"image {image_id}: {escaped(name)}"
+        except ValueError as error:
+            return "", "PNGs that cannot be read", f"image {image_id}: {escaped(name)} ({escaped(str(error))})"
+        truth = decode_panoptic(panoptic)
+        if ids.shape != truth.shape:
+            example = (
+                f"image {image_id}: {ids.shape[1]} x {ids.shape[0]} instead of {truth.shape[1]} x {truth.shape[0]}"
+            )
+            return "", "PNGs of another size than their image", example
+        segments = annotation["segments_info"]
+        try:
+            analysis = analyze_image((ids, segments), (truth, entry["segments"]), self.samples.taxonomy, image_id)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return "", "results whose segments do not fit", f"image {image_id}: {escaped(str(error))}"
+        return ScoredImage(name, segments, analysis).to_json(), "", ""
+
+
+_COMPARED = pa.schema([("result", pa.string()), ("kind", pa.string()), ("example", pa.string())])
+
+
+def _counted(faults: Mapping[str, list[str]]) -> str:
+    parts = []
+    for kind, examples in faults.items():
+        shown = "; ".join(sorted(examples)[:_EXAMPLES])
+        parts.append(f"{len(examples)} {kind} ({shown}{'; ...' if len(examples) > _EXAMPLES else ''})")
+    return ", ".join(parts)
