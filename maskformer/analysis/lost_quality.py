@@ -18,18 +18,17 @@ from maskformer.panoptic_quality import ClassQuality
 from maskformer.segment_matching import Matching, countable_pairs
 from maskformer.taxonomy import Taxonomy
 
-CAUSES = ("boundary", "wrong class", "split", "merged", "missed", "false alarm")
-"""Why quality is lost. The first of these that is true of an unmatched segment is its cause, except boundary:
+CAUSES = ("missed", "wrong_class", "split", "merged", "boundary", "false_alarm")
+"""Why quality is lost. The cause of an unmatched segment is the first of these that is true:
 
-`wrong class`: a segment of another class has an IoU above one half with it.
-`split`: two or more predictions lie mostly inside one segment of the ground truth and cover most of it together.
-`merged`: one prediction covers most of two or more segments of the ground truth.
-`boundary`: a segment of its class has an IoU with it of at least 0.1, not enough for a match. Also what the IoU of a
-    match is short of 1.
-`missed`: none of these, in the ground truth.
-`false alarm`: none of these, in the prediction.
+1. `wrong_class`: its IoU with a segment of another class is above one half.
+2. `split`: two or more predictions lie mostly inside one segment of the ground truth and cover most of it together.
+3. `merged`: one prediction covers most of two or more segments of the ground truth.
+4. `boundary`: its IoU with a segment of its class is at least 0.1, but not enough for a match.
+5. `missed` in the ground truth, `false_alarm` in the prediction: none of these.
 
-"Most" is more than half of the area. All but `wrong class` compare segments of one class.
+What the IoU of a match is short of 1 is `boundary` too. "Most" is more than half of the area. All but `wrong_class`
+compare segments of one class.
 """
 
 SIZES = ("small", "medium", "large")
@@ -66,7 +65,7 @@ def losses(matching: Matching, taxonomy: Taxonomy) -> Losses:
     true_area, predicted_area = matching.true_area, matching.predicted_area
     for row, column in matching.matches.T.tolist():
         add(int(matching.true.classes[row]), CAUSES.index("boundary"), true_area[row], 1 - matching.iou[row, column])
-    of_true, of_predicted = _causes(matching)
+    of_true, of_predicted = segment_causes(matching)
     for row in matching.missed.tolist():
         add(int(matching.true.classes[row]), of_true[row], true_area[row], 0.5)
     for column in matching.false.tolist():
@@ -74,7 +73,7 @@ def losses(matching: Matching, taxonomy: Taxonomy) -> Losses:
     return found
 
 
-def _causes(matching: Matching) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " P"]]:
+def segment_causes(matching: Matching) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " P"]]:
     """Return the cause of every segment, should it be unmatched, as an index of `CAUSES`."""
     same_class = countable_pairs(matching.true, matching.predicted)
     other_class = (matching.true.classes[:, None] != matching.predicted.classes) & ~matching.true.crowd[:, None]
@@ -91,14 +90,14 @@ def _causes(matching: Matching) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, 
     def first(axis: int, otherwise: str) -> Int[np.ndarray, " S"]:
         """Return the first cause that is true of each row or column."""
         ordered: Iterable[tuple[str, Bool[np.ndarray, "T P"]]] = (
-            ("wrong class", wrong), ("split", parts), ("merged", together), ("boundary", near),
+            ("wrong_class", wrong), ("split", parts), ("merged", together), ("boundary", near),
         )  # fmt: skip
         causes = np.full(wrong.shape[1 - axis], CAUSES.index(otherwise))
         for cause, pairs in reversed(list(ordered)):
             causes[pairs.any(axis=axis)] = CAUSES.index(cause)
         return causes
 
-    return first(1, "missed"), first(0, "false alarm")
+    return first(1, "missed"), first(0, "false_alarm")
 
 
 def lost_quality(images: Iterable[Losses], per_class: Mapping[str, ClassQuality], taxonomy: Taxonomy) -> LostQuality:

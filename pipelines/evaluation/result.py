@@ -91,7 +91,7 @@ def metrics(analysis: Analysis) -> dict[str, float]:
     flat |= {f"mask_ap/{name}": getattr(analysis.mask_ap, name) for name in ("ap", "ap50", "ap75")}
     flat["calibration_error"] = analysis.calibration.expected_error
     for cause, lost in zip(CAUSES, analysis.lost.all.sum(axis=1).tolist(), strict=True):
-        flat[f"lost/{cause.replace(' ', '_')}"] = lost
+        flat[f"lost/{cause}"] = lost
     for name, values in analysis.quality.per_class.items():
         flat[f"pq_class/{_FORBIDDEN.sub('_', name)}"] = values.pq
     return {name: value for name, value in flat.items() if not math.isnan(value)}

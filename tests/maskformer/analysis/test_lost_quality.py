@@ -75,14 +75,14 @@ def planted(true: list[list[int]], predicted: list[list[int]], true_classes: str
 def test_causes_of_planted_mistakes() -> None:
     row = [1, 1, 1, 1, 1, 1, 2, 2, 2, 2]
     assert planted([row], [row], "03", "03") == set()
-    assert planted([row], [row], "03", "13") == {(0, "wrong class", 0.5), (1, "wrong class", 0.5)}
+    assert planted([row], [row], "03", "13") == {(0, "wrong_class", 0.5), (1, "wrong_class", 0.5)}
     assert planted([row], [[1, 1, 1, 3, 3, 3, 2, 2, 2, 2]], "03", "030") == {(0, "split", 1.5)}
     assert planted([[1, 1, 1, 2, 2, 2]], [[1, 1, 1, 1, 1, 1]], "00", "0") == {(0, "merged", 1.5)}
     assert planted([row], [[1, 1, 0, 0, 0, 0, 2, 2, 2, 2]], "03", "03") == {(0, "boundary", 1.0)}
     assert planted([row], [[1, 1, 1, 1, 1, 0, 2, 2, 2, 2]], "03", "03") == {(0, "boundary", round(1 / 6, 6))}
     assert planted([row], [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]], "03", "3") == {(0, "missed", 0.5)}
     found = planted([[1] * 10], [[2, 2] + [1] * 8], "3", "30")
-    assert found == {(0, "false alarm", 0.5), (3, "boundary", 0.2)}
+    assert found == {(0, "false_alarm", 0.5), (3, "boundary", 0.2)}
 
 
 def test_sizes_are_those_of_coco() -> None:
