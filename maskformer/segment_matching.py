@@ -2,8 +2,8 @@
 
 Everything that counts segments is computed from this: panoptic quality, and where it is lost.
 
-Letters: H W image, T segments of the ground truth, P of the prediction, S of either, T1 P1 with void in front, M matches,
-R runs of equal pixels.
+Letters: H W image, T segments of the ground truth, P of the prediction, S of either, T1 P1 with void in front, M
+matches, R runs of equal pixels.
 """
 
 from collections.abc import Mapping, Sequence

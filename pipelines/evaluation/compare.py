@@ -1,0 +1,65 @@
+"""Finding another evaluation on disk, to compare one with."""
+
+import json
+from typing import Any
+
+from maskformer.analysis.summary import summarize
+from pipelines.data.manifest import PackedSet
+from pipelines.errors import UserError
+from pipelines.evaluation.folder import METRICS, EvaluationFolder
+from pipelines.evaluation.result import EvaluationResult
+from pipelines.storage import Location, locate
+
+
+def open_evaluation(uri: str, samples: PackedSet) -> EvaluationResult:
+    """Read a complete evaluation on the same data.
+
+    Args:
+        uri: the folder of an evaluation, or of a run, for the evaluation of its newest checkpoint on this data.
+        samples: the data.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is on other data.
+    """
+    location = locate(uri)
+    folder, summary = _newest(location, samples)
+    images = EvaluationFolder(folder).finished()
+    if [image.image_id for image in images] != sorted(samples.image_ids.tolist()):
+        raise UserError(f"{folder} does not have each image of {samples.uri} once. Evaluate again.")
+    return EvaluationResult(
+        analysis=summarize([image.analysis for image in images], samples.taxonomy),
+        images=images,
+        output=str(folder),
+        png_folder=summary["predictions"],
+        data=samples,
+    )
+
+
+def _newest(location: Location, samples: PackedSet) -> tuple[Location, dict[str, Any]]:
+    folders = [location]
+    if not (location / METRICS).exists():
+        folders = [location / "evaluation" / name for name in (location / "evaluation").names()]
+    found = [(folder, _summary(folder)) for folder in folders if (folder / METRICS).exists()]
+    if not found:
+        raise UserError(
+            f"There is no complete evaluation at {location} to compare with. Evaluate that run first, or give the "
+            f"folder of its evaluation, which has a {METRICS}."
+        )
+    same = [(folder, summary) for folder, summary in found if summary["data_hash"] == samples.data_hash]
+    if not same:
+        raise UserError(
+            f"The evaluation at {location} is on other data than {samples.uri} (the hashes of their manifests differ), "
+            f"so the two cannot be compared. Evaluate that run on this data first."
+        )
+    return max(same, key=lambda each: each[1].get("step") or 0)
+
+
+def _summary(folder: Location) -> dict[str, Any]:
+    try:
+        summary = json.loads((folder / METRICS).read_text())
+        return {**summary, "data_hash": summary["data_hash"], "predictions": summary["predictions"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / METRICS} is not of an evaluation by this version ({type(error).__name__}: {error}). Evaluate "
+            f"that run again."
+        ) from error
