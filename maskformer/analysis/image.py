@@ -100,7 +100,7 @@ def analyze_image(prediction: Segmentation, truth: Segmentation, taxonomy: Taxon
         boundary=boundary_quality(prediction, truth, taxonomy),
         losses=losses(matching, taxonomy),
         pixels=count_pixels(matching, taxonomy),
-        scored=_scored(matching, taxonomy),
+        scored=_scored(matching),
         predicted_things=encode_things(*prediction, taxonomy),
         true_things=encode_things(*truth, taxonomy),
     )
@@ -123,12 +123,18 @@ def count_pixels(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassPixel
     return found
 
 
-def _scored(matching: Matching, taxonomy: Taxonomy) -> tuple[ScoredSegment, ...]:
+def _scored(matching: Matching) -> tuple[ScoredSegment, ...]:
     correct = set(matching.matches[1].tolist())
-    counted = sorted({*correct, *matching.false.tolist()})
-    infos = [(column, matching.predicted.infos[column]) for column in counted]
-    return tuple(
-        ScoredSegment(int(info["category_id"]), float(info["score"]), column in correct)
-        for column, info in infos
-        if info.get("score") is not None
-    )
+    found: list[ScoredSegment] = []
+    for column in sorted({*correct, *matching.false.tolist()}):
+        info = matching.predicted.infos[column]
+        score = info.get("score")
+        if score is None:
+            continue
+        if not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise ValueError(
+                f"The score of a segment is a number in 0..1, got {score!r} for segment {info['id']} in "
+                f"{matching.predicted.label}; leave it out or correct it."
+            )
+        found.append(ScoredSegment(int(info["category_id"]), float(score), column in correct))
+    return tuple(found)

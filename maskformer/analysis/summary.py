@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from maskformer.analysis.bootstrap import Interval, pq_intervals
 from maskformer.analysis.calibration import Calibration, calibration
 from maskformer.analysis.image import ImageAnalysis
@@ -30,8 +32,6 @@ class Analysis:
     """Of the pixels of each class that occurs, by name."""
     calibration: Calibration
     mask_ap: MaskAP
-    num_true: dict[str, int]
-    """Segments of the ground truth of each class, by name, without crowds."""
 
     @property
     def mean_iou(self) -> float:
@@ -67,14 +67,16 @@ def summarize(images: Iterable[ImageAnalysis], taxonomy: Taxonomy, *, draws: int
             "stuff": mean_lrp(per_class[taxonomy.num_things :]),
         },
         iou=_class_iou(ordered, taxonomy),
-        calibration=calibration([segment.score for segment in scored], [segment.correct for segment in scored]),
+        calibration=calibration(
+            np.array([segment.score for segment in scored], np.float64),
+            np.array([segment.correct for segment in scored], bool),
+        ),
         mask_ap=mask_ap(
             {image.image_id: image.predicted_things for image in ordered},
             {image.image_id: image.true_things for image in ordered},
             {image.image_id: image.size for image in ordered},
             taxonomy,
         ),
-        num_true={name: value.tp + value.fn for name, value in quality.per_class.items()},
     )
 
 

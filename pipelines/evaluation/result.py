@@ -52,6 +52,12 @@ class EvaluationResult:
         return {image.image_id: image.analysis.quality for image in self.images}
 
     @cached_property
+    def file_names(self) -> dict[int, str]:
+        """Name of each image in the data set, by image id."""
+        names = self.data.index.select(["image_id", "file_name"]).to_pydict()
+        return dict(zip(names["image_id"], names["file_name"], strict=True))
+
+    @cached_property
     def per_image(self) -> dict[int, PanopticResult]:
         """Qualities of each image alone, by image id."""
         return {
