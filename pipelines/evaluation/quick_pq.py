@@ -16,7 +16,7 @@ from pipelines.data.manifest import PackedSet
 from pipelines.data.schema import RESIZED, require
 from pipelines.data.stream import resized_images
 from pipelines.errors import StorageUnavailableError, UserError
-from pipelines.evaluation.predict import score_row
+from pipelines.evaluation.score import score_row
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def quick_pq(
     try:
         for table in _tables(mine, config, rank, workers):
             for row in table.to_pylist():
-                quality.merge(score_row(segment, row)[2])
+                quality.merge(score_row(segment, row))
     except (UserError, StorageUnavailableError, RayError) as error:
         part = f"worker {rank}: {' '.join(str(error).split())[:500]}"  # the others wait for this rank
     finally:

@@ -27,7 +27,7 @@ from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import decode_image, decode_panoptic
 from pipelines.data.synthetic import CATEGORIES
 from pipelines.errors import RunFailedError
-from pipelines.evaluation.predict import segmenter
+from pipelines.evaluation.score import segmenter
 from pipelines.storage import Location, locate
 from pipelines.training import TrainCallbacks, TrainResult, driver, fit, ledger, replay
 from tests.pipelines.data.coco_folder import ids_to_rgb
