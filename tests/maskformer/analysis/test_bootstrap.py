@@ -41,7 +41,9 @@ def slow_pq(images: Sequence[Counts], times: Sequence[int], category_ids: Sequen
     """Average the PQ of every class of some images, each counted so many times; nan without a class."""
     classes: list[float] = []
     for category_id in category_ids:
-        taken = [images[n][category_id] for n, time in enumerate(times) for _ in range(time) if category_id in images[n]]
+        taken = [
+            images[n][category_id] for n, time in enumerate(times) for _ in range(time) if category_id in images[n]
+        ]
         if taken:
             tp, fp, fn = (sum(getattr(quality, name) for quality in taken) for name in ("tp", "fp", "fn"))
             classes.append(ClassQuality(category_id, sum(quality.iou for quality in taken), tp, fp, fn).pq)
@@ -152,8 +154,8 @@ def test_a_clear_difference_has_the_smallest_p_value() -> None:
 def test_the_same_images_are_drawn_for_both() -> None:
     """Two runs that differ by the same amount on very different images have a narrow interval."""
     easy, hard = ClassQuality(1, 0.95, 1, 0, 0), ClassQuality(1, 0.55, 1, 0, 0)
-    first = {number: {1: easy if number % 2 else hard} for number in range(40)}
-    second = {number: {1: counts[1]._replace(iou=counts[1].iou + 0.01)} for number, counts in first.items()}
+    first: Images = {number: {1: easy if number % 2 else hard} for number in range(40)}
+    second: Images = {number: {1: counts[1]._replace(iou=counts[1].iou + 0.01)} for number, counts in first.items()}
     found = pq_difference(first, second, TAXONOMY, draws=200)
     assert (found.value, found.low, found.high) == pytest.approx((0.01, 0.01, 0.01), abs=1e-6)
     alone = pq_intervals(first, TAXONOMY, draws=200)["all"]
