@@ -46,15 +46,10 @@ def calibration(scores: Float[np.ndarray, " S"], correct: Bool[np.ndarray, " S"]
     The result does not depend on the order of the segments.
 
     Raises:
-        ValueError: a score is nan or outside 0..1, the arrays differ in length, or there is no bin.
+        ValueError: a score is nan or outside 0..1, or there is no bin.
     """
     if num_bins < 1:
         raise ValueError(f"Calibration needs at least 1 bin, got {num_bins}; 15 are usual.")
-    if len(scores) != len(correct):
-        raise ValueError(
-            f"Each score needs to be correct or not, got {len(scores)} scores and {len(correct)} of these; give both "
-            f"for the same segments."
-        )
     bad = scores[~((scores >= 0) & (scores <= 1))]
     if bad.size:
         raise ValueError(

@@ -81,7 +81,6 @@ def test_without_segments_there_is_no_error() -> None:
     [
         ([0.5, math.nan], [True, True], 15, "got 1 others of 2, for example nan"),
         ([1.5, -0.5], [True, True], 15, "got 2 others of 2, for example 1.5"),
-        ([0.5], [True, False], 15, "1 scores and 2 of these"),
         ([0.5], [True], 0, "at least 1 bin, got 0"),
     ],
 )
