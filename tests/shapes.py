@@ -17,7 +17,9 @@ def enforce() -> None:
         RuntimeError: one of these modules is imported already, so its functions would stay unchecked.
     """
     modules = [
-        f"maskformer.{file.stem}" for file in PACKAGE.glob("*.py") if "from jaxtyping import" in file.read_text()
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for file in PACKAGE.rglob("*.py")
+        if "from jaxtyping import" in file.read_text()
     ]
     imported = sorted(sys.modules.keys() & set(modules))
     if imported:
