@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from maskformer.segment_matching import Matching, Segmentation, match_segments
+from maskformer.segment_matching import Matching, PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
 
 
@@ -32,7 +32,7 @@ class ClassQuality(NamedTuple):
 
     @property
     def sq(self) -> float:
-        """Segmentation quality: the mean intersection over union of the true positives."""
+        """PanopticMap quality: the mean intersection over union of the true positives."""
         return self.iou / self.tp if self.tp else 0.0
 
     @property
@@ -82,7 +82,7 @@ class PanopticQuality:
         self.taxonomy = taxonomy
         self._images: dict[int | str, dict[int, ClassQuality]] = {}
 
-    def update(self, prediction: Segmentation, truth: Segmentation, image_id: int | str) -> dict[int, ClassQuality]:
+    def update(self, prediction: PanopticMap, truth: PanopticMap, image_id: int | str) -> dict[int, ClassQuality]:
         """Count one image and return its contribution by category id, for the classes present or predicted in it.
 
         Two segments match if their intersection over union is above 0.5. Void pixels of the ground truth are not part

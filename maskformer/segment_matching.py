@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from maskformer.taxonomy import Taxonomy
 
-Segmentation: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str, Any]]]
+PanopticMap: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str, Any]]]
 """An index map [H, W] (0 is void) and its `segments_info`: `id`, `category_id`, and `iscrowd` in ground truth."""
 
 
@@ -37,6 +37,8 @@ class Segments(NamedTuple):
 class Matching(NamedTuple):
     """The segments of an image, their overlaps and matches. Areas are in pixels."""
 
+    size: tuple[int, int]
+    """Height and width of the image."""
     true: Segments
     predicted: Segments
     overlap: Int[np.ndarray, "T1 P1"]
@@ -73,7 +75,7 @@ class Matching(NamedTuple):
 
 
 def match_segments(
-    prediction: Segmentation, truth: Segmentation, taxonomy: Taxonomy, image_id: int | str = ""
+    prediction: PanopticMap, truth: PanopticMap, taxonomy: Taxonomy, image_id: int | str = ""
 ) -> Matching:
     """Match the segments of one image.
 
@@ -96,10 +98,10 @@ def match_segments(
             raise ValueError(
                 f"The segments {absent.tolist()} have no pixel in {segments.label}; remove them from segments_info."
             )
-    intersection = overlap[1:, 1:]
-    iou = intersection / (true_area[1:, None] + (predicted_area - overlap[0])[None, 1:] - intersection)
-    matches = np.stack(np.nonzero(countable_pairs(true, predicted) & (iou > 0.5)))
-    return Matching(true, predicted, overlap, iou, matches, ignored_predictions(true, predicted, overlap))
+    iou = pair_iou(overlap, true_area, predicted_area)
+    size = (truth[0].shape[0], truth[0].shape[1])
+    matches, ignored = matching_pairs(true, predicted, iou), _ignored_predictions(true, predicted, overlap)
+    return Matching(size, true, predicted, overlap, iou, matches, ignored)
 
 
 def read_segments(
@@ -145,8 +147,13 @@ def read_segments(
     )
 
 
-def count_overlap(true: Segments, predicted: Segments) -> Int[np.ndarray, "T1 P1"]:
+def count_overlap(
+    true: Segments, predicted: Segments, counted: Bool[np.ndarray, " HW"] | None = None
+) -> Int[np.ndarray, "T1 P1"]:
     """Count the pixels that each pair of segments has in common, void first.
+
+    Args:
+        counted: the pixels that count; None: all.
 
     Raises:
         ValueError: a map has ids that its segments do not have.
@@ -155,8 +162,12 @@ def count_overlap(true: Segments, predicted: Segments) -> Int[np.ndarray, "T1 P1
     # and ids up to 2^24 need no table of that length.
     changes = true.pixels[1:] != true.pixels[:-1]
     changes |= predicted.pixels[1:] != predicted.pixels[:-1]
+    if counted is not None:
+        changes |= counted[1:] != counted[:-1]
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     lengths = np.diff(starts, append=true.pixels.size)
+    if counted is not None:
+        lengths = lengths * counted[starts]
     shape = len(true.ids) + 1, len(predicted.ids) + 1
     pair = _rows(true, starts) * shape[1] + _rows(predicted, starts)
     # bincount sums in float64, which is exact below 2^53 pixels.
@@ -178,12 +189,26 @@ def _rows(segments: Segments, starts: Int[np.ndarray, " R"]) -> Int[np.ndarray, 
     return rows
 
 
-def countable_pairs(true: Segments, predicted: Segments) -> Bool[np.ndarray, "T P"]:
-    """Return which pairs of segments may match: those of the same class, without crowds."""
+def pair_iou(
+    overlap: Int[np.ndarray, "T1 P1"], true_area: Int[np.ndarray, " T1"], predicted_area: Int[np.ndarray, " P1"]
+) -> Float[np.ndarray, "T P"]:
+    """Return the intersection over union of each pair of segments. Void of the ground truth is not in the union."""
+    intersection = overlap[1:, 1:]
+    union = true_area[1:, None] + (predicted_area - overlap[0])[None, 1:] - intersection
+    return intersection / union
+
+
+def comparable_pairs(true: Segments, predicted: Segments) -> Bool[np.ndarray, "T P"]:
+    """Return which pairs are of the same class and not a crowd."""
     return (true.classes[:, None] == predicted.classes) & ~true.crowd[:, None]
 
 
-def ignored_predictions(
+def matching_pairs(true: Segments, predicted: Segments, iou: Float[np.ndarray, "T P"]) -> Int[np.ndarray, "2 M"]:
+    """Return row and column of the comparable pairs whose IoU is above one half."""
+    return np.stack(np.nonzero(comparable_pairs(true, predicted) & (iou > 0.5)))
+
+
+def _ignored_predictions(
     true: Segments, predicted: Segments, overlap: Int[np.ndarray, "T1 P1"]
 ) -> Bool[np.ndarray, " P"]:
     """Return which predicted segments are void or crowd of their class by more than half."""

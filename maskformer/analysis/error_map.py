@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from maskformer.analysis.lost_quality import CAUSES, segment_causes
 from maskformer.draw import outlines
-from maskformer.segment_matching import Matching, Segmentation, match_segments
+from maskformer.segment_matching import Matching, PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
 
 _PALE, _STRONG = 0.25, 0.8
@@ -19,8 +19,8 @@ _PALE, _STRONG = 0.25, 0.8
 
 def error_map(
     image: UInt8[np.ndarray, "H W 3"],
-    prediction: Segmentation,
-    truth: Segmentation,
+    prediction: PanopticMap,
+    truth: PanopticMap,
     taxonomy: Taxonomy,
     colors: Mapping[str, tuple[int, int, int]],
 ) -> UInt8[np.ndarray, "H W 3"]:

@@ -13,7 +13,7 @@ from maskformer.analysis.boundary import boundary_quality
 from maskformer.analysis.lost_quality import Losses, losses
 from maskformer.analysis.mask_ap import encode_things
 from maskformer.panoptic_quality import ClassQuality, count_segments
-from maskformer.segment_matching import Matching, Segmentation, match_segments
+from maskformer.segment_matching import Matching, PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
 
 
@@ -85,19 +85,18 @@ class ImageAnalysis:
         )
 
 
-def analyze_image(prediction: Segmentation, truth: Segmentation, taxonomy: Taxonomy, image_id: int) -> ImageAnalysis:
+def analyze_image(prediction: PanopticMap, truth: PanopticMap, taxonomy: Taxonomy, image_id: int) -> ImageAnalysis:
     """Compare the prediction for an image with its ground truth.
 
     Raises:
         ValueError: as `match_segments`.
     """
     matching = match_segments(prediction, truth, taxonomy, image_id)
-    height, width = truth[0].shape
     return ImageAnalysis(
         image_id=image_id,
-        size=(height, width),
+        size=matching.size,
         quality=count_segments(matching, taxonomy),
-        boundary=boundary_quality(prediction, truth, taxonomy),
+        boundary=boundary_quality(matching, taxonomy),
         losses=losses(matching, taxonomy),
         pixels=count_pixels(matching, taxonomy),
         scored=_scored(matching),

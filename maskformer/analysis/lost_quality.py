@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from maskformer.panoptic_quality import ClassQuality
-from maskformer.segment_matching import Matching, countable_pairs
+from maskformer.segment_matching import Matching, comparable_pairs
 from maskformer.taxonomy import Taxonomy
 
 CAUSES = ("missed", "wrong_class", "split", "merged", "boundary", "false_alarm")
@@ -62,10 +62,15 @@ def losses(matching: Matching, taxonomy: Taxonomy) -> Losses:
         loss = found.setdefault(taxonomy.category_id(class_index), np.zeros((len(CAUSES), len(SIZES))))
         loss[cause, sum(area >= limit for limit in _LIMITS)] += amount
 
-    true_area, predicted_area = matching.true_area, matching.predicted_area
+    true_area, predicted_area = matching.true_area.tolist(), matching.predicted_area.tolist()
     for row, column in matching.matches.T.tolist():
-        add(int(matching.true.classes[row]), CAUSES.index("boundary"), true_area[row], 1 - matching.iou[row, column])
-    of_true, of_predicted = segment_causes(matching)
+        add(
+            int(matching.true.classes[row]),
+            CAUSES.index("boundary"),
+            true_area[row],
+            1 - float(matching.iou[row, column]),
+        )
+    of_true, of_predicted = (causes.tolist() for causes in segment_causes(matching))
     for row in matching.missed.tolist():
         add(int(matching.true.classes[row]), of_true[row], true_area[row], 0.5)
     for column in matching.false.tolist():
@@ -75,7 +80,7 @@ def losses(matching: Matching, taxonomy: Taxonomy) -> Losses:
 
 def segment_causes(matching: Matching) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " P"]]:
     """Return the cause of every segment, should it be unmatched, as an index of `CAUSES`."""
-    same_class = countable_pairs(matching.true, matching.predicted)
+    same_class = comparable_pairs(matching.true, matching.predicted)
     other_class = (matching.true.classes[:, None] != matching.predicted.classes) & ~matching.true.crowd[:, None]
     wrong = other_class & (matching.iou > 0.5)
     common = np.where(same_class, matching.overlap[1:, 1:], 0)

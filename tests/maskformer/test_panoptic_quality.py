@@ -14,7 +14,7 @@ from panopticapi.evaluation import PQStat, pq_compute_single_core
 from PIL import Image
 
 from maskformer.panoptic_quality import PanopticQuality
-from maskformer.segment_matching import Segmentation
+from maskformer.segment_matching import PanopticMap
 from maskformer.taxonomy import Category, Taxonomy
 
 NUM_PAIRS = 240
@@ -26,7 +26,7 @@ NAMES = {category.id: category.name for category in TAXONOMY.categories}
 THING, OTHER_THING, STUFF = (TAXONOMY.category_id(k) for k in (0, 1, 4))
 
 
-def random_segmentation(rng: np.random.Generator, like: Segmentation | None) -> Segmentation:
+def random_segmentation(rng: np.random.Generator, like: PanopticMap | None) -> PanopticMap:
     """Blocks and noise with void, crowd and ids up to 2^24; a disturbed copy of `like` where given."""
     height, width = (int(rng.integers(6, 40)), int(rng.integers(6, 40))) if like is None else like[0].shape
     used_classes = rng.choice(TAXONOMY.num_classes - 1, size=int(rng.integers(1, 5)), replace=False)  # one never occurs
@@ -62,13 +62,13 @@ def random_segmentation(rng: np.random.Generator, like: Segmentation | None) -> 
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[tuple[Segmentation, Segmentation]]:
+def pairs() -> list[tuple[PanopticMap, PanopticMap]]:
     rng = np.random.default_rng(0)
     truths = [random_segmentation(rng, None) for _ in range(NUM_PAIRS)]
     return [(random_segmentation(rng, truth), truth) for truth in truths]
 
 
-def official(pairs: list[tuple[Segmentation, Segmentation]], folder: Path) -> list[PQStat]:
+def official(pairs: list[tuple[PanopticMap, PanopticMap]], folder: Path) -> list[PQStat]:
     """Score each pair with panopticapi on PNG files."""
     statistics: list[PQStat] = []
     for number, pair in enumerate(pairs):
@@ -108,7 +108,7 @@ def assert_equal_to_official(quality: PanopticQuality, statistics: PQStat) -> No
     assert (result.pq, result.sq, result.rq) == pytest.approx(result.all[:3], abs=0, nan_ok=True)
 
 
-def test_equals_panopticapi_on_random_pairs(pairs: list[tuple[Segmentation, Segmentation]], tmp_path: Path):
+def test_equals_panopticapi_on_random_pairs(pairs: list[tuple[PanopticMap, PanopticMap]], tmp_path: Path):
     together, official_together = PanopticQuality(TAXONOMY), PQStat()
     for number, statistics in enumerate(official(pairs, tmp_path)):
         alone = PanopticQuality(TAXONOMY)
@@ -132,7 +132,7 @@ def test_equals_panopticapi_on_random_pairs(pairs: list[tuple[Segmentation, Segm
     assert any(len(set(categories)) < len(categories) for categories in crowds)
 
 
-def test_the_order_of_updates_and_merges_does_not_matter(pairs: list[tuple[Segmentation, Segmentation]]):
+def test_the_order_of_updates_and_merges_does_not_matter(pairs: list[tuple[PanopticMap, PanopticMap]]):
     in_order = PanopticQuality(TAXONOMY)
     for number, pair in enumerate(pairs):
         in_order.update(*pair, image_id=number)
@@ -221,7 +221,7 @@ GOOD = (np.array([[0, 1], [1, 2]]), [info(1, THING), info(2, STUFF)])
         ((np.zeros((0, 2), np.int32), []), "non-empty integer array"),
     ],
 )
-def test_refuses_inconsistent_input_naming_the_image(bad: Segmentation, message: str):
+def test_refuses_inconsistent_input_naming_the_image(bad: PanopticMap, message: str):
     quality = PanopticQuality(TAXONOMY)
     with pytest.raises(ValueError, match=rf"(?s)(image 77.*{message}|{message}.*image 77)"):
         quality.update(bad, GOOD, image_id=77)

@@ -5,7 +5,7 @@ import pytest
 
 from maskformer.analysis.lost_quality import CAUSES, SIZES, Losses, losses, lost_quality
 from maskformer.panoptic_quality import count_segments, panoptic_result
-from maskformer.segment_matching import Segmentation, match_segments
+from maskformer.segment_matching import PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco([{"id": k + 1, "name": f"class {k}", "isthing": int(k < 3)} for k in range(5)])
@@ -20,7 +20,7 @@ def noisy(rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
     return changed
 
 
-def segmentation(rng: np.random.Generator, ids: np.ndarray, crowds: bool) -> Segmentation:
+def segmentation(rng: np.random.Generator, ids: np.ndarray, crowds: bool) -> PanopticMap:
     segments = [
         {"id": i, "category_id": int(rng.integers(1, 5)), "iscrowd": int(crowds and rng.random() < 0.2)}
         for i in np.unique(ids).tolist()
@@ -61,7 +61,7 @@ def test_adds_up_to_what_pq_is_short_of_one() -> None:
 def planted(true: list[list[int]], predicted: list[list[int]], true_classes: str, predicted_classes: str) -> set:
     """Return (class, cause, loss) of what is lost, from maps of ids 1, 2, ... with these classes."""
 
-    def read(rows: list[list[int]], classes: str) -> Segmentation:
+    def read(rows: list[list[int]], classes: str) -> PanopticMap:
         return np.array(rows), [{"id": i, "category_id": int(c) + 1} for i, c in enumerate(classes, 1)]
 
     matching = match_segments(read(predicted, predicted_classes), read(true, true_classes), TAXONOMY)
