@@ -169,13 +169,17 @@ def count_overlap(
     if counted is not None:
         lengths = lengths * counted[starts]
     shape = len(true.ids) + 1, len(predicted.ids) + 1
-    pair = _rows(true, starts) * shape[1] + _rows(predicted, starts)
+    pair = rows_of(true, starts) * shape[1] + rows_of(predicted, starts)
     # bincount sums in float64, which is exact below 2^53 pixels.
     return np.bincount(pair, lengths, shape[0] * shape[1]).astype(np.int64).reshape(shape)
 
 
-def _rows(segments: Segments, starts: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
-    """Return for each run 0 if it is void, otherwise 1 + the row of its segment."""
+def rows_of(segments: Segments, starts: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+    """Return for the pixels at `starts` 0 if they are void, otherwise 1 + the row of their segment.
+
+    Raises:
+        ValueError: the map has an id that its segments do not have.
+    """
     values = segments.pixels[starts].astype(np.int64)
     ids = np.concatenate([[0], segments.ids])
     rows = np.searchsorted(ids, values)

@@ -3,7 +3,7 @@
 The predicted thing segments are the instances, with their scores. They do not overlap, so the numbers are below those
 of a model's instances, which may. Void pixels get no special treatment: COCO's instances know crowd only.
 
-Letters: H W image, S segments of a map, void first, R runs of equal pixels.
+Letters: H W image, S segments of a map, R runs of equal pixels.
 """
 
 import contextlib
@@ -19,10 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskformer.panoptic_quality import (
-    _read_segments,  # pyright: ignore[reportPrivateUsage]  # one reading of segments for all qualities
-    _rows,  # pyright: ignore[reportPrivateUsage]
-)
+from maskformer.segment_matching import read_segments, rows_of
 from maskformer.taxonomy import Taxonomy
 
 
@@ -56,18 +53,18 @@ def encode_things(
         ValueError: a category is unknown, or the index map and its segments do not have the same ids.
     """
     # COCO's run lengths go down the columns.
-    read = _read_segments(ids.T, segments, taxonomy, "a map of segments")
+    read = read_segments(ids.T, segments, taxonomy, "a map of segments")
     starts = np.concatenate([[0], np.flatnonzero(read.pixels[1:] != read.pixels[:-1]) + 1])
     ends = np.append(starts[1:], read.pixels.size)
-    rows = _rows(read, starts)
+    rows = rows_of(read, starts)
     order = np.argsort(rows, kind="stable")
-    first = np.searchsorted(rows[order], np.arange(len(read.ids) + 1))
-    absent = read.ids[1:][np.diff(first)[1:] == 0]
+    first = np.searchsorted(rows[order], np.arange(len(read.ids) + 2))
+    absent = read.ids[np.diff(first)[1:] == 0]
     if absent.size:
         raise ValueError(
             f"The segments {absent.tolist()} have no pixel in {read.label}; remove them from segments_info."
         )
-    row_of = {segment_id: row for row, segment_id in enumerate(read.ids.tolist())}
+    row_of = {segment_id: row for row, segment_id in enumerate(read.ids.tolist(), 1)}
     instances: list[dict[str, Any]] = []
     for segment in segments:
         if not taxonomy.is_thing(taxonomy.class_index(segment["category_id"])):

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskformer.analysis.mask_ap import MaskAP, encode_things, mask_ap
-from maskformer.panoptic_quality import Segmentation
+from maskformer.segment_matching import PanopticMap
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco([{"id": 3 * k + 1, "name": f"class {k}", "isthing": int(k < 3)} for k in range(5)])
@@ -30,12 +30,12 @@ def info(segment_id: int, category_id: int, **others: float) -> dict[str, Any]:
     return {"id": segment_id, "category_id": category_id, **others}
 
 
-def ap_of(prediction: Segmentation, truth: Segmentation) -> MaskAP:
+def ap_of(prediction: PanopticMap, truth: PanopticMap) -> MaskAP:
     predicted, true = (encode_things(*side, TAXONOMY) for side in (prediction, truth))
     return mask_ap({5: predicted}, {5: true}, {5: truth[0].shape}, TAXONOMY)
 
 
-def random_pair(rng: np.random.Generator) -> tuple[Segmentation, Segmentation]:
+def random_pair(rng: np.random.Generator) -> tuple[PanopticMap, PanopticMap]:
     """Circles of every size on stuff, and a disturbed copy with scores."""
     height, width = (int(n) for n in rng.integers(100, 300, size=2))
     rows, columns = np.mgrid[:height, :width]
