@@ -18,7 +18,7 @@ from maskformer.taxonomy import Taxonomy
 
 
 class ClassPixels(NamedTuple):
-    """Pixels of one class. Void of the ground truth does not count."""
+    """Pixels of one class. Void and crowd of the ground truth do not count."""
 
     intersection: int
     truth: int
@@ -106,9 +106,9 @@ def analyze_image(prediction: PanopticMap, truth: PanopticMap, taxonomy: Taxonom
 
 
 def count_pixels(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassPixels]:
-    """Count the pixels of each class in the ground truth, in the prediction, and in both. Crowds are of their class."""
+    """Count the pixels of each class in the ground truth, in the prediction, and in both, outside of void and crowd."""
     true, predicted = matching.true.classes, matching.predicted.classes
-    counted = matching.overlap[1:]  # without the void of the ground truth
+    counted = matching.overlap[1:] * ~matching.true.crowd[:, None]
     found: dict[int, ClassPixels] = {}
     for class_index in sorted({*true.tolist(), *predicted.tolist()}):
         rows, columns = true == class_index, np.concatenate([[False], predicted == class_index])

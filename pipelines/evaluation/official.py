@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pipelines.data.pixels import decode_panoptic
 from pipelines.data.reading import read_files
 from pipelines.errors import UserError
 from pipelines.evaluation.result import EvaluationResult
@@ -93,7 +96,9 @@ def _written(evaluation: EvaluationResult, scratch: Path) -> Iterator[tuple[dict
         (scratch / "truth" / name).write_bytes(panoptic)
         image = predicted[image_id]
         (scratch / "prediction" / name).write_bytes((folder / image.file_name).read_bytes())
-        truth = [{**segment, "iscrowd": int(segment["iscrowd"])} for segment in entry["segments"]]
+        # panopticapi takes the areas of the ground truth from its JSON, which a pack does not have.
+        areas = dict(zip(*(a.tolist() for a in np.unique(decode_panoptic(panoptic), return_counts=True)), strict=True))
+        truth = [{**s, "iscrowd": int(s["iscrowd"]), "area": areas[s["id"]]} for s in entry["segments"]]
         yield (
             {"image_id": image_id, "file_name": name, "segments_info": truth},
             {"image_id": image_id, "file_name": name, "segments_info": json.loads(json.dumps(image.segments_info))},
