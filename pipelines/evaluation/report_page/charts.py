@@ -16,7 +16,9 @@ _COUNTS = 46
 
 def swatch(cause: Cause) -> str:
     """Return a small square in the color of a cause."""
-    return f'<svg class="swatch" viewBox="0 0 1 1" aria-hidden="true"><rect class="{cause}" width="1" height="1"/></svg>'
+    return (
+        f'<svg class="swatch" viewBox="0 0 1 1" aria-hidden="true"><rect class="{cause}" width="1" height="1"/></svg>'
+    )
 
 
 def loss_bar(loss: Loss, *, kept: float = 0.0, whole: float = 1.0) -> str:
@@ -55,7 +57,9 @@ def line_chart(curves: Sequence[Curve], title: str) -> str:
     for number, each in enumerate(drawn):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in each))
         lines.append(f'<polyline class="curve curve-{number}" points="{path}"/>')
-        lines += (f'<circle class="end curve-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in _last(each, place))
+        lines += (
+            f'<circle class="end curve-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in _last(each, place)
+        )
     return _chart(
         title,
         [

@@ -52,5 +52,7 @@ def p_value(value: float) -> str:
 
 def causes(loss: Loss) -> str:
     """Return causes with their points, the largest first; those below 0.05 points are left out."""
-    found = sorted(((part, cause) for cause, part in loss.by_cause.items() if part >= 0.0005), key=lambda each: -each[0])
+    found = sorted(
+        ((part, cause) for cause, part in loss.by_cause.items() if part >= 0.0005), key=lambda each: -each[0]
+    )
     return ", ".join(f"{CAUSE_NAMES[cause]} {percent(part)}" for part, cause in found)

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from pipelines.evaluation.report_page.charts import line_chart, reliability_diagram
 from pipelines.evaluation.report_page.content import CAUSE_COLORS, Content
-from pipelines.evaluation.report_page.formats import percent, span
+from pipelines.evaluation.report_page.formats import p_value, percent, signed, span
 from pipelines.evaluation.report_page.images import image_section, stored_pictures
 from pipelines.evaluation.report_page.tables import (
     calibration_table,
@@ -36,10 +36,9 @@ def page(content: Content) -> str:
 def _body(content: Content) -> Iterator[str]:
     pq = content.summary.all.pq
     yield f"<header><h1>{text(content.title)}</h1>"
-    yield f'<p class="headline"><b>{percent(pq.value)}</b> <span>PQ'
-    if pq.interval is not None:
-        yield f", {100 * pq.interval.confidence:g} % interval {span(pq.interval)}"
-    yield f"</span></p>{''.join(fact_list(content.facts))}</header>"
+    yield f'<div class="headline"><p><b>{percent(pq.value)}</b> PQ</p>{"".join(_certainty(content))}</div>'
+    yield from fact_list(content.facts)
+    yield "</header>"
     yield "<main>"
     yield "<section><h2>Summary</h2><p>All numbers in percent. PQ: panoptic quality; SQ: segmentation quality; "
     yield "RQ: recognition quality."
@@ -63,10 +62,21 @@ def _body(content: Content) -> Iterator[str]:
     yield from class_table(content.classes, shown, bool(content.other))
     yield "</section>"
     if content.images:
-        yield f'<section id="images"><h2>Images</h2><p>{len(content.images):,} of {content.num_images:,} images.</p>'
+        yield '<section id="images"><h2>Images</h2>'
+        if len(content.images) < content.num_images:
+            yield f"<p>The page has {len(content.images):,} of the {content.num_images:,} images evaluated.</p>"
         yield from image_section(content)
         yield "</section>"
     yield "</main>"
+
+
+def _certainty(content: Content) -> Iterator[str]:
+    pq = content.summary.all.pq
+    if pq.interval is not None:
+        yield f"<p>{100 * pq.interval.confidence:g} % interval: {span(pq.interval)}</p>"
+    if pq.compared is not None:
+        against = f"against <bdi>{text(content.other)}</bdi>"
+        yield f"<p>{signed(pq.value - pq.compared.other)} {against}, p {p_value(pq.compared.p_value)}</p>"
 
 
 def _charts(content: Content) -> Iterator[str]:

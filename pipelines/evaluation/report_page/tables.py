@@ -29,7 +29,7 @@ def summary_tables(summary: Summary) -> Iterator[str]:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     heads = _heads("", "PQ", "SQ", "RQ")
     yield '<div class="columns">'
-    yield f'<table class="numbers"><caption>Panoptic quality</caption>{heads}<tbody>{"".join(rows)}</tbody></table>'
+    yield f'<table class="numbers spans"><caption>Panoptic quality</caption>{heads}<tbody>{"".join(rows)}</tbody></table>'
     for caption, measures in _others(summary).items():
         known = [(name, measure) for name, measure in measures if not math.isnan(measure.value)]
         if known:
@@ -42,7 +42,7 @@ def summary_tables(summary: Summary) -> Iterator[str]:
 def comparison_table(summary: Summary, other: str) -> Iterator[str]:
     """Yield the numbers of two runs and their differences."""
     named = [
-        (f"{quality.upper()} {group}", getattr(getattr(summary, group), quality))
+        (f"{quality.upper()}, {GROUPS[group].lower()}", getattr(getattr(summary, group), quality))
         for group in ("all", "things", "stuff")
         for quality in ("pq", "sq", "rq")
     ]
@@ -79,9 +79,9 @@ def loss_tables(lost: Mapping[str, LossBySize]) -> Iterator[str]:
         total, columns = sizes.total, (sizes.small, sizes.medium, sizes.large, sizes.total)
         kept = 1 - total.total
         yield f'<div class="lost"><h3>{name}: PQ {percent(kept)}, lost {percent(total.total)}</h3>'
-        yield f'<div class="bars" aria-hidden="true"><span>all</span>{loss_bar(total, kept=max(kept, 0))}'
+        yield f'{loss_bar(total, kept=max(kept, 0))}<div class="bars" aria-hidden="true">'
         for label, part in (("small", sizes.small), ("medium", sizes.medium), ("large", sizes.large)):
-            yield f"<span>{label}</span>{loss_bar(part)}"
+            yield f"<span>{label}</span>{loss_bar(part, whole=total.total or 1)}"
         yield "</div>"
         yield f'<table class="numbers"><caption class="unseen">{name}: points of PQ lost</caption>'
         yield _heads("points lost", "small", "medium", "large", "all")

@@ -103,7 +103,9 @@ def losses(quality: ClassQuality, missed: Sequence[Cause], alarms: Sequence[Caus
     return Loss(**parts)
 
 
-def example(num_images: int = 24, *, compared: bool = False, seed: int = 0, enlarge: int = 6, quality: int = 80) -> Content:
+def example(
+    num_images: int = 24, *, compared: bool = False, seed: int = 0, enlarge: int = 6, quality: int = 80
+) -> Content:
     """Return the content of a page."""
     scorer, images = PanopticQuality(TAXONOMY), []
     missed: defaultdict[int, list[Cause]] = defaultdict(list)
@@ -233,7 +235,11 @@ def example(num_images: int = 24, *, compared: bool = False, seed: int = 0, enla
         ),
         training=(
             Curve(name="demo", points=curve),
-            *([Curve(name="demo-before", points=tuple((step, 0.85 * each) for step, each in curve))] if compared else []),
+            *(
+                [Curve(name="demo-before", points=tuple((step, 0.85 * each) for step, each in curve))]
+                if compared
+                else []
+            ),
         ),
         lost=lost,
         classes=classes,
@@ -303,7 +309,9 @@ def _differs(scene: Scene, prediction: Prediction) -> npt.NDArray[np.bool_]:
     return lookup(scene.ids) != other(prediction.ids)
 
 
-def _unmatched(scene: Scene, prediction: Prediction) -> tuple[defaultdict[int, list[Cause]], defaultdict[int, list[Cause]]]:
+def _unmatched(
+    scene: Scene, prediction: Prediction
+) -> tuple[defaultdict[int, list[Cause]], defaultdict[int, list[Cause]]]:
     """Return the causes of false negatives and of false positives by category; `_reconciled` drops what is too many."""
     missed: defaultdict[int, list[Cause]] = defaultdict(list)
     alarms: defaultdict[int, list[Cause]] = defaultdict(list)
