@@ -55,11 +55,10 @@ def line_chart(curves: Sequence[Curve], title: str) -> str:
 
     lines: list[str] = []
     for number, each in enumerate(drawn):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in each))
+        places = [place(*point) for point in each]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         lines.append(f'<polyline class="curve curve-{number}" points="{path}"/>')
-        lines += (
-            f'<circle class="end curve-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in _last(each, place)
-        )
+        lines += (f'<circle class="end curve-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places[-1:])
     return _chart(
         title,
         [
@@ -112,8 +111,8 @@ def ticks(largest: float) -> list[float]:
 
 
 def _chart(title: str, parts: Iterable[str], extra: int = 0) -> str:
-    name = text(title)
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT + extra}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT + extra}"'
+    return f'<svg class="chart" {box} role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
 
 
 def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> Iterator[str]:
@@ -129,11 +128,6 @@ def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, s
 def _names(x_name: str, y_name: str) -> Iterator[str]:
     yield f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{x_name}</text>'
     yield f'<text class="name" x="{_LEFT + 6}" y="{_TOP + 12}">{y_name}</text>'
-
-
-def _last(points: Sequence[tuple[float, float]], place) -> Iterator[tuple[float, float]]:
-    if points:
-        yield place(*points[-1])
 
 
 def _rectangle(kind: str, left: float, top: float, right: float, bottom: float) -> str:

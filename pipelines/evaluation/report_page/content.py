@@ -17,7 +17,7 @@ CAUSE_COLORS: dict[Cause, tuple[int, int, int]] = {
     "boundary": (181, 142, 32),
     "false_alarm": (161, 80, 31),
 }
-"""RGB of each cause, in bars and in error maps. They differ for color-blind people and are seen on white and on black."""
+"""RGB of each cause, in bars and in error maps: distinct for color-blind people, visible on white and on black."""
 
 Picture: TypeAlias = Literal["input", "truth", "prediction", "errors", "other"]
 """A picture of an image; `other` is the prediction of the run compared with."""

@@ -102,7 +102,8 @@ def _figure(image: ImageEntry, classes: Sequence[ClassRow], place: int, rank: in
     numbers += [f"image {text(image.image_id)}", f"{image.width} × {image.height}"]
     yield f"</div><figcaption><strong><bdi>{text(image.file_name)}</bdi></strong> <span>{' · '.join(numbers)}</span>"
     lost = causes(image.loss)
-    yield f'<div class="loss">{loss_bar(image.loss, kept=max(1 - image.loss.total, 0))}<span>{"lost: " + lost if lost else "nothing lost"}</span></div>'
+    bar = loss_bar(image.loss, kept=max(1 - image.loss.total, 0))
+    yield f'<div class="loss">{bar}<span>{"lost: " + lost if lost else "nothing lost"}</span></div>'
     present = sorted(image.classes, key=lambda each: (math.isnan(each.pq), each.pq))
     named = (f"<bdi>{text(classes[each.class_index].name)}</bdi>&nbsp;{percent(each.pq)}" for each in present)
     yield f"<p>{', '.join(named)}</p></figcaption></figure>"
@@ -112,7 +113,8 @@ def _dialog(images: Sequence[ImageEntry]) -> Iterator[str]:
     pictures = list(max((image.pictures for image in images), key=len, default={}))
     yield '<dialog id="viewer" aria-label="Image" tabindex="-1" autofocus><div class="bar-of-buttons">'
     for number, picture in enumerate(pictures, 1):
-        yield f'<button type="button" name="{picture}" aria-pressed="false"><kbd>{number}</kbd> {_NAMES[picture]}</button>'
+        name = f"<kbd>{number}</kbd> {_NAMES[picture]}"
+        yield f'<button type="button" name="{picture}" aria-pressed="false">{name}</button>'
     yield '<span class="moves"><button type="button" name="previous" aria-label="Previous image">←</button>'
     yield '<button type="button" name="next" aria-label="Next image">→</button>'
     yield '<button type="button" name="close" aria-label="Close">Close</button></span></div>'

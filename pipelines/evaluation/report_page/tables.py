@@ -29,7 +29,8 @@ def summary_tables(summary: Summary) -> Iterator[str]:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     heads = _heads("", "PQ", "SQ", "RQ")
     yield '<div class="columns">'
-    yield f'<table class="numbers spans"><caption>Panoptic quality</caption>{heads}<tbody>{"".join(rows)}</tbody></table>'
+    yield f'<table class="numbers spans"><caption>Panoptic quality</caption>{heads}'
+    yield f"<tbody>{''.join(rows)}</tbody></table>"
     for caption, measures in _others(summary).items():
         known = [(name, measure) for name, measure in measures if not math.isnan(measure.value)]
         if known:
@@ -140,8 +141,9 @@ def calibration_table(calibration: Calibration) -> Iterator[str]:
     yield "<tbody>"
     for each in calibration.bins:
         if each.count:
-            yield f'<tr><th scope="row">{percent(each.lower)} to {percent(each.upper)}</th><td>{percent(each.score)}</td>'
-            yield f"<td>{percent(each.correct)}</td><td>{each.count:,}</td></tr>"
+            cells = (percent(each.score), percent(each.correct), f"{each.count:,}")
+            yield f'<tr><th scope="row">{percent(each.lower)} to {percent(each.upper)}</th>'
+            yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</tbody></table>"
 
 
