@@ -84,7 +84,7 @@ class Figure:
     note: str
 
 
-def page(title: str, facts: Sequence[tuple[str, str]], names: Sequence[str], figures: Sequence[Figure]) -> str:
+def page(title: str, facts: Sequence[tuple[str, str]], names: Sequence[str], figures: Sequence[Figure]) -> bytes:
     """Return the HTML of a page with these figures.
 
     Args:

@@ -111,7 +111,7 @@ def _figure(image: ImageEntry, classes: Sequence[ClassRow], place: int, rank: in
 
 def _dialog(images: Sequence[ImageEntry]) -> Iterator[str]:
     pictures = list(max((image.pictures for image in images), key=len, default={}))
-    yield '<dialog id="viewer" aria-label="Image" tabindex="-1" autofocus><div class="bar-of-buttons">'
+    yield '<dialog id="viewer" aria-label="Image" tabindex="-1"><div class="bar-of-buttons">'
     for number, picture in enumerate(pictures, 1):
         name = f"<kbd>{number}</kbd> {_NAMES[picture]}"
         yield f'<button type="button" name="{picture}" aria-pressed="false">{name}</button>'

@@ -18,8 +18,8 @@ from pipelines.evaluation.report_page.tables import (
 from pipelines.page import document, fact_list, text
 
 
-def page(content: Content) -> str:
-    """Return the HTML of the page of an evaluation."""
+def page(content: Content) -> bytes:
+    """Return the HTML of the page of an evaluation, in UTF-8."""
     folder = files(__package__)
     colors = "".join(
         f".{cause} {{ fill: rgb({red} {green} {blue}); }}\n" for cause, (red, green, blue) in CAUSE_COLORS.items()
@@ -43,7 +43,7 @@ def _body(content: Content) -> Iterator[str]:
     yield "<section><h2>Summary</h2><p>All numbers in percent. PQ: panoptic quality; SQ: segmentation quality; "
     yield "RQ: recognition quality."
     if pq.interval is not None:
-        yield " Small numbers: where the number lies if the images were drawn again."
+        yield f" In small print: the {100 * pq.interval.confidence:g} % interval over images."
     yield "</p>"
     yield from summary_tables(content.summary)
     yield "</section>"
@@ -76,7 +76,9 @@ def _certainty(content: Content) -> Iterator[str]:
         yield f"<p>{100 * pq.interval.confidence:g} % interval: {span(pq.interval)}</p>"
     if pq.compared is not None:
         against = f"against <bdi>{text(content.other)}</bdi>"
-        yield f"<p>{signed(pq.value - pq.compared.other)} {against}, p {p_value(pq.compared.p_value)}</p>"
+        chance = p_value(pq.compared.p_value)
+        sign = "" if chance.startswith("<") else "=&nbsp;"
+        yield f"<p>{signed(pq.value - pq.compared.other)} {against}, p&nbsp;{sign}{text(chance)}</p>"
 
 
 def _charts(content: Content) -> Iterator[str]:

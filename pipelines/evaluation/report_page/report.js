@@ -143,7 +143,9 @@ function view(index, kind) {
   viewer.querySelector('[name="next"]').disabled = current === listed.length - 1;
   viewer.querySelector(".place").textContent = `${current + 1} of ${listed.length}`;
   viewer.querySelector(".about").replaceChildren(figure.querySelector("figcaption").cloneNode(true));
-  if (!viewer.open) viewer.showModal();
+  if (viewer.open) return;
+  viewer.showModal();
+  viewer.focus(); // not its first button
 }
 
 function closed() {

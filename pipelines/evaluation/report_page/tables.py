@@ -29,8 +29,8 @@ def summary_tables(summary: Summary) -> Iterator[str]:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     heads = _heads("", "PQ", "SQ", "RQ")
     yield '<div class="columns">'
-    yield f'<table class="numbers spans"><caption>Panoptic quality</caption>{heads}'
-    yield f"<tbody>{''.join(rows)}</tbody></table>"
+    yield f'<div class="wide"><table class="numbers spans"><caption>Panoptic quality</caption>{heads}'
+    yield f"<tbody>{''.join(rows)}</tbody></table></div>"
     for caption, measures in _others(summary).items():
         known = [(name, measure) for name, measure in measures if not math.isnan(measure.value)]
         if known:
@@ -64,7 +64,7 @@ def comparison_table(summary: Summary, other: str) -> Iterator[str]:
         ends = "–" if interval is None else f"{signed(interval.low)} to {signed(interval.high)}"
         yield (
             f'<tr><th scope="row">{name}</th><td>{percent(measure.value)}</td><td>{percent(compared.other)}</td>'
-            f"<td>{signed(difference)}</td><td>{ends}</td><td>{p_value(compared.p_value)}</td>"
+            f"<td>{signed(difference)}</td><td>{ends}</td><td>{text(p_value(compared.p_value))}</td>"
             f"<td>{_verdict(name, measure)}</td></tr>"
         )
     yield "</tbody></table></div>"
