@@ -17,7 +17,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 1700px; padding: 1rem; background: var(--page); color: var(--text);
   font: 15px/1.45 system-ui, "Segoe UI", Roboto, "Noto Sans", Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; margin: 0 0 .5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; font-size: .9rem; }
+dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .1rem .8rem; margin: 0; font-size: .9rem; }
 dt { color: var(--faint); }
 dd { margin: 0; }
 select, input, button { font: inherit; max-width: 100%; }

@@ -1,6 +1,7 @@
 """What the page of an evaluation shows. Numbers are fractions 0..1, and nan if there is none."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
@@ -18,6 +19,9 @@ CAUSE_COLORS: dict[Cause, tuple[int, int, int]] = {
     "false_alarm": (161, 80, 31),
 }
 """RGB of each cause, in bars and in error maps: distinct for color-blind people, visible on white and on black."""
+
+Group: TypeAlias = Literal["all", "things", "stuff"]
+"""A group of classes."""
 
 Picture: TypeAlias = Literal["input", "truth", "prediction", "errors", "other"]
 """A picture of an image; `other` is the prediction of the run compared with."""
@@ -223,7 +227,7 @@ class Content:
     facts: tuple[tuple[str, str], ...]
     """Names and values: checkpoint, step, data, images, date, thresholds, commit."""
     summary: Summary
-    lost: dict[Literal["all", "things", "stuff"], LossBySize]
+    lost: Mapping[Group, LossBySize]
     """Groups without classes are left out."""
     sizes: str = "Small: below 32² pixels; large: above 96² pixels."
     """What the three sizes of segments are."""

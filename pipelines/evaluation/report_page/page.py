@@ -20,7 +20,7 @@ from pipelines.page import document, fact_list, text
 
 def page(content: Content) -> bytes:
     """Return the HTML of the page of an evaluation, in UTF-8."""
-    folder = files(__package__)
+    folder = files("pipelines.evaluation.report_page")
     colors = "".join(
         f".{cause} {{ fill: rgb({red} {green} {blue}); }}\n" for cause, (red, green, blue) in CAUSE_COLORS.items()
     )

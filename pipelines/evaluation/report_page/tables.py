@@ -9,6 +9,7 @@ from pipelines.evaluation.report_page.content import (
     Calibration,
     ClassRow,
     Curve,
+    Group,
     Loss,
     LossBySize,
     Measure,
@@ -17,7 +18,7 @@ from pipelines.evaluation.report_page.content import (
 from pipelines.evaluation.report_page.formats import CAUSE_MEANINGS, CAUSE_NAMES, p_value, percent, signed, span
 from pipelines.page import text
 
-GROUPS = {"all": "All classes", "things": "Things", "stuff": "Stuff"}
+GROUPS: dict[Group, str] = {"all": "All classes", "things": "Things", "stuff": "Stuff"}
 _LOWER_IS_BETTER = ("LRP",)
 
 
@@ -70,7 +71,7 @@ def comparison_table(summary: Summary, other: str) -> Iterator[str]:
     yield "</tbody></table></div>"
 
 
-def loss_tables(lost: Mapping[str, LossBySize]) -> Iterator[str]:
+def loss_tables(lost: Mapping[Group, LossBySize]) -> Iterator[str]:
     """Yield where PQ is lost, for each group of classes: bars and numbers by cause and size."""
     yield '<div class="columns">'
     for group, name in GROUPS.items():

@@ -26,6 +26,7 @@ from pipelines.evaluation.report_page.content import (
     Compared,
     Content,
     Curve,
+    Group,
     ImageEntry,
     Interval,
     Loss,
@@ -37,6 +38,10 @@ from pipelines.evaluation.report_page.content import (
 
 TAXONOMY = Taxonomy.from_coco(CATEGORIES)
 _CHANCES: dict[str, float] = {"missed": 0.12, "wrong_class": 0.1, "split": 0.08, "merged": 0.12, "boundary": 0.58}
+
+
+_MISSED: tuple[Cause, ...] = ("missed",)
+_FALSE_ALARM: tuple[Cause, ...] = ("false_alarm",)
 
 
 @dataclass
@@ -192,9 +197,7 @@ def example(
         )
 
     groups = {
-        name: Qualities(
-            **{key: measure(getattr(ours, key), getattr(theirs, key)) for key in ("pq", "sq", "rq")}  # pyright: ignore
-        )
+        name: Qualities(pq=measure(ours.pq, theirs.pq), sq=measure(ours.sq, theirs.sq), rq=measure(ours.rq, theirs.rq))
         for name, ours, theirs in (
             ("all", result.all, other_result.all),
             ("things", result.things, other_result.things),
@@ -202,9 +205,10 @@ def example(
         )
     }
     pq, other_pq = result.pq, other_result.pq
+    kinds: dict[Group, tuple[bool, ...]] = {"all": (True, False), "things": (True,), "stuff": (False,)}
     lost = {
-        name: _by_size(_average_loss([row.loss for row in classes if row.is_thing in kinds]))
-        for name, kinds in (("all", (True, False)), ("things", (True,)), ("stuff", (False,)))
+        name: _by_size(_average_loss([row.loss for row in classes if row.is_thing in kept]))
+        for name, kept in kinds.items()
     }
     steps = range(100, 1701, 100)
     curve = tuple((step, pq * (1 - math.exp(-step / 420)) + 0.01 * math.sin(step)) for step in steps)
@@ -220,7 +224,9 @@ def example(
             ("commit", "171c470"),
         ),
         summary=Summary(
-            **groups,
+            all=groups["all"],
+            things=groups["things"],
+            stuff=groups["stuff"],
             boundary_pq=measure(pq * 0.8, other_pq * 0.8, interval=False),
             mean_iou=measure(0.71, 0.69, interval=False),
             lrp=measure(1 - 0.9 * pq, 1 - 0.9 * other_pq),
@@ -331,8 +337,8 @@ def _reconciled(quality: ClassQuality, missed: list[Cause], alarms: list[Cause])
         return Loss()
     return losses(
         quality,
-        (missed + ["missed"] * quality.fn)[: quality.fn],
-        (alarms + ["false_alarm"] * quality.fp)[: quality.fp],
+        [*missed, *_MISSED * quality.fn][: quality.fn],
+        [*alarms, *_FALSE_ALARM * quality.fp][: quality.fp],
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of an evaluation: its numbers, and in a real browser sorting, filters, pages, the viewer and hostile names."""
+"""The page of an evaluation: numbers and names, and in a real browser sorting, filters, pages and the viewer."""
 
 import base64
 import itertools
@@ -26,6 +26,7 @@ from pipelines.evaluation.report_page.content import (
     Compared,
     Content,
     Curve,
+    Group,
     ImageEntry,
     Interval,
     Loss,
@@ -63,7 +64,7 @@ def hostile(content: Content) -> Content:
     return replace(
         content,
         title=HOSTILE[0],
-        facts=tuple((next(names), next(names)) for _ in range(4)),
+        facts=tuple((next(names), next(names)) for _ in content.facts),
         classes=tuple(replace(row, name=f"{next(names)} {number}") for number, row in enumerate(content.classes)),
         images=tuple(replace(image, file_name=next(names), image_id=next(names)) for image in content.images),
         training=tuple(replace(curve, name=next(names)) for curve in content.training),
@@ -103,7 +104,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        if self.found[-1][0] not in ("script", "style"):
+        if self.found and self.found[-1][0] not in ("script", "style"):
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
@@ -272,12 +273,13 @@ def test_the_summary_and_the_comparison() -> None:
 def test_losses_are_listed_by_size() -> None:
     content = plain()
     words = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page(content).decode()))
-    for group, name in (("all", "All classes"), ("things", "Things"), ("stuff", "Stuff")):
-        sizes = content.lost[group]  # pyright: ignore[reportArgumentType]
+    names: dict[Group, str] = {"all": "All classes", "things": "Things", "stuff": "Stuff"}
+    for group, name in names.items():
+        sizes = content.lost[group]
         total = sizes.small.total + sizes.medium.total + sizes.large.total
         assert f"{name}: PQ {100 - 100 * total:.1f}, lost {100 * total:.1f}" in words
-    parts = (sizes.small, sizes.medium, sizes.large, sizes.total)
-    assert f" missed {' '.join(f'{100 * part.missed:.1f}' for part in parts)} wrong class " in words
+        parts = (sizes.small, sizes.medium, sizes.large, sizes.total)
+        assert f" missed {' '.join(f'{100 * part.missed:.1f}' for part in parts)} wrong class " in words
 
 
 # ---- in a browser
@@ -473,7 +475,7 @@ def test_the_viewer_is_driven_by_keys(opened: Open) -> None:
     def seen() -> bytes:
         return base64.b64decode(shown.evaluate("viewer.querySelector('img').src.split(',')[1]"))
 
-    listed = f"listed[8].querySelector('[data-picture=truth]')"
+    listed = "listed[8].querySelector('[data-picture=truth]')"
     shown.evaluate(f"{listed}.focus()")
     shown.press("Enter")
     assert shown.evaluate("viewer.open")
