@@ -22,6 +22,7 @@ from pipelines.config.recipes import DEMO
 from pipelines.config.train import TrainConfig
 from pipelines.data.pack import PackConfig
 from pipelines.data.synthetic import SyntheticConfig, draw_and_pack
+from tests.browser import Browser, chromium
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a script
@@ -69,6 +70,13 @@ def faulty_s3(s3_server: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> I
     with FaultyServer(s3_server) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Start Chromium once for all tests; skip them if it is not installed."""
+    with chromium(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def write_view(
             (folder / name).write_bytes(_encoded(drawn, "PNG", compress_level=4))
             figures.append(_figure(viewed, name, taxonomy, (small_jpeg(legible[0], limit), small_jpeg(drawn, limit))))
         written.append("index.html")
-        (folder / "index.html").write_text(page(title, facts, taxonomy.names, figures))
+        (folder / "index.html").write_bytes(page(title, facts, taxonomy.names, figures))
     except BaseException:
         with suppress(Exception):  # the first error is the one to tell
             for name in written:

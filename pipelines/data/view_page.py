@@ -1,31 +1,17 @@
-"""The page of pictures: one HTML file that loads nothing. All text from outside is escaped; scripts read none of it."""
+"""The page of pictures: one HTML file. Its script reads no text from outside."""
 
-import base64
-import hashlib
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from pipelines.page import document, fact_list, jpeg_address, text
+
 _STYLE = """
-:root { color-scheme: light dark; --page: #fff; --card: #f4f4f5; --text: #18181b; --faint: #5b5b63; --line: #d4d4d8;
-  --warning: #a83c00; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #131316; --card: #202024; --text: #ececf0; --faint: #a3a3ad; --line: #3a3a42;
-    --warning: #fbbf24; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1700px; padding: 1rem; background: var(--page); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.35rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 1.5rem 0 -.3rem; }
 h3 { font-size: 1rem; margin: 1rem 0 -.3rem; color: var(--faint); font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; font-size: .9rem; }
-dt { color: var(--faint); }
-dd { margin: 0; }
 form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   margin: .8rem -1rem 0; padding: .6rem 1rem; background: var(--page); border-bottom: 1px solid var(--line); }
-select { font: inherit; max-width: 100%; padding: .3rem; }
+select { padding: .3rem; }
 label { padding: .3rem 0; }
 .grid { display: grid; gap: 1rem; margin-top: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
@@ -35,9 +21,8 @@ figcaption { padding: .6rem .8rem; }
 figcaption ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .85rem; }
 figcaption li { display: flex; justify-content: space-between; gap: 1rem; }
 figcaption li span:last-child { color: var(--faint); white-space: nowrap; }
-a { color: inherit; }
 .note { color: var(--warning); }
-[hidden], .plain, .as-it-is .overlay { display: none !important; }
+.plain, .as-it-is .overlay { display: none !important; }
 .as-it-is .plain { display: block !important; }
 """
 
@@ -99,47 +84,26 @@ class Figure:
     note: str
 
 
-def page(title: str, facts: Sequence[tuple[str, str]], names: Sequence[str], figures: Sequence[Figure]) -> str:
+def page(title: str, facts: Sequence[tuple[str, str]], names: Sequence[str], figures: Sequence[Figure]) -> bytes:
     """Return the HTML of a page with these figures.
 
     Args:
         facts: name and value of each line on top.
         names: class names by class index.
     """
-    policy = f"default-src 'none'; img-src data:; style-src '{_hash(_STYLE)}'; script-src '{_hash(_SCRIPT)}'"
     found = sorted({each.class_index for figure in figures for each in figure.classes}, key=lambda index: names[index])
     options = "".join(f'<option value="{index}">{text(names[index])}</option>' for index in found)
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{text(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            f"<h1>{text(title)}</h1>",
-            "<dl>",
-            *(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts),
-            "</dl>",
-            "<form hidden>",
-            f'<label>Class <select name="class"><option value="">all</option>{options}</select></label>',
-            '<label><input type="checkbox" name="overlay" checked> Segments</label>',
-            '<output name="count"></output>',
-            "</form>",
-            *_sections(figures, names),
-            f"<script>{_SCRIPT}</script>",
-            "</html>",
-            "",
-        ]
-    )
-
-
-def text(value: object) -> str:
-    """Return a value as text in HTML: markup escaped, and what is not printable as its code."""
-    plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))
-    return html.escape(plain)
+    body = [
+        f"<h1>{text(title)}</h1>",
+        *fact_list(facts),
+        "<form hidden>",
+        f'<label>Class <select name="class"><option value="">all</option>{options}</select></label>',
+        '<label><input type="checkbox" name="overlay" checked> Segments</label>',
+        '<output name="count"></output>',
+        "</form>",
+        *_sections(figures, names),
+    ]
+    return document(title, body, style=_STYLE, script=_SCRIPT)
 
 
 def _sections(figures: Sequence[Figure], names: Sequence[str]) -> Iterator[str]:
@@ -169,9 +133,8 @@ def _lines(figure: Figure, names: Sequence[str]) -> Iterator[str]:
         sizes += f" → {figure.shown[1]} × {figure.shown[0]}"
     yield f'<figure data-classes="{shown}">'
     for kind, content in (("overlay", figure.overlay), ("plain", figure.plain)):
-        encoded = base64.b64encode(content).decode()
         what = "with segments" if kind == "overlay" else "without segments"
-        yield f'<img class="{kind}" alt="image {figure.image_id} {what}" src="data:image/jpeg;base64,{encoded}">'
+        yield f'<img class="{kind}" alt="image {figure.image_id} {what}" src="{jpeg_address(content)}">'
     yield f"<figcaption><strong>{text(', '.join(facts))}</strong><br>{text(figure.file_name)}<br>"
     yield f'{text(sizes)} pixels<br><a href="{text(figure.png)}">{text(figure.png)}</a>'
     if figure.note:
@@ -188,7 +151,3 @@ def _lines(figure: Figure, names: Sequence[str]) -> Iterator[str]:
 
 def _share(pixels: int, total: int) -> str:
     return f"{pixels:,} px, {pixels / total:.1%}"
-
-
-def _hash(content: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

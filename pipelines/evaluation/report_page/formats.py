@@ -1,0 +1,58 @@
+"""Numbers and causes as words."""
+
+import math
+
+from pipelines.evaluation.report_page.content import Cause, Interval, Loss
+
+NONE = "–"
+
+CAUSE_NAMES: dict[Cause, str] = {
+    "missed": "missed",
+    "wrong_class": "wrong class",
+    "split": "split",
+    "merged": "merged",
+    "boundary": "boundary",
+    "false_alarm": "false alarm",
+}
+
+CAUSE_MEANINGS: dict[Cause, str] = {
+    "missed": "a true segment that no prediction covers",
+    "wrong_class": "a true segment that is covered by a prediction of another class",
+    "split": "a true segment that several predictions share",
+    "merged": "several true segments in one prediction",
+    "boundary": "segments that match, but not exactly",
+    "false_alarm": "a predicted segment where there is none",
+}
+
+
+def percent(value: float) -> str:
+    """Return a fraction in percent, without the sign."""
+    return NONE if math.isnan(value) else f"{100 * value:.1f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Return a difference of fractions in points, with its sign."""
+    if math.isnan(value):
+        return NONE
+    points = f"{100 * value:+.1f}"
+    return "0.0" if float(points) == 0 else points.replace("-", "−")
+
+
+def span(interval: Interval | None) -> str:
+    """Return the ends of an interval in percent."""
+    return NONE if interval is None else f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+def p_value(value: float) -> str:
+    """Return a p-value; small ones as a bound."""
+    if math.isnan(value):
+        return NONE
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def causes(loss: Loss) -> str:
+    """Return causes with their points, the largest first; those below 0.05 points are left out."""
+    found = sorted(
+        ((part, cause) for cause, part in loss.by_cause.items() if part >= 0.0005), key=lambda each: -each[0]
+    )
+    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(part)}" for part, cause in found)
