@@ -55,7 +55,7 @@ def write_report(
         drawn = draw_pictures(evaluation, other, [int(e.image_id) for e in shown], content.CAUSE_COLORS, cpus)
         pictures = {each.image_id: each for each in progress(drawn, len(shown), "images drawn")}
     file = locate(evaluation.output) / REPORT
-    file.write_text(
+    file.write_bytes(
         page(
             content.Content(
                 title="Panoptic evaluation",
