@@ -120,10 +120,11 @@ def segmenter(
             f"{source.source} has thresholds or an image size that this version does not know ({error}). Use "
             f"the version that wrote it."
         ) from error
-    return Segmenter(model.to(_device(device)), known, panoptic, **size)
+    return Segmenter(model.to(pick_device(device)), known, panoptic, **size)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name; `auto` is a GPU if there is one, else the CPU."""
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
