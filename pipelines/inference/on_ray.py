@@ -66,6 +66,7 @@ def run(items: Iterator[Row], segmenter: Segmenter, read: Read, write: Write, sc
                 compute=ActorPoolStrategy(size=workers),
                 num_cpus=cpus,
                 num_gpus=1 if device == "cuda" else 0,
+                max_restarts=-1,  # Ray's default; stated, it keeps Ray from reading in the actors (operator fusion)
             )
             for table in outputs(found.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=cpus)):
                 yield from table.to_pylist()
