@@ -18,9 +18,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, the bytes of a file, a Pillow image, or RGB pixels: uint8 [H, W, 3]."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that are read, by Pillow's names. Others would give more code access to files that nobody has checked. Of
-several pictures in a file (MPO, TIFF, GIF) the first is read."""
+several pictures in a file the first is read; JPEG includes MPO, which has several."""
 
 MAX_PIXELS = 100_000_000
 """Pixels that a file may declare, which take 300 MB."""
