@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskformer import taxonomy, weights
+    from maskformer import draw, taxonomy, weights
+    from maskformer.checkpoint import load
     from maskformer.config import (
         DEMO,
         R50,
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
         PanopticConfig,
     )
     from maskformer.criterion import Losses, compute_losses
-    from maskformer.inference import Segmenter
+    from maskformer.images import read_image
+    from maskformer.inference import Segmentation, Segmenter
     from maskformer.matcher import match
     from maskformer.model import MaskFormer, MaskFormerOutput, build_model
     from maskformer.panoptic_quality import PanopticQuality
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from maskformer.taxonomy import Taxonomy
 
 _NAMES = {
+    "checkpoint": "load",
     "config": ("DEMO R50 R101 SWIN_B SWIN_L SWIN_S SWIN_T LossConfig ModelConfig PanopticConfig"),
     "criterion": "Losses compute_losses",
-    "inference": "Segmenter",
+    "images": "read_image",
+    "inference": "Segmentation Segmenter",
     "matcher": "match",
     "model": "MaskFormer MaskFormerOutput build_model",
     "panoptic_quality": "PanopticQuality",
@@ -57,14 +61,18 @@ __all__ = [
     "ModelConfig",
     "PanopticConfig",
     "PanopticQuality",
+    "Segmentation",
     "Segmenter",
     "Targets",
     "Taxonomy",
     "build_model",
     "compute_losses",
+    "draw",
     "instances",
+    "load",
     "match",
     "panoptic",
+    "read_image",
     "semantic",
     "taxonomy",
     "weights",
@@ -72,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("taxonomy", "weights"):
+    if name in ("draw", "taxonomy", "weights"):
         return import_module(f"maskformer.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'maskformer' has no attribute {name!r}")

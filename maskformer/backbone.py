@@ -1,4 +1,4 @@
-"""Backbones, which turn an image into four feature maps, fine to coarse.
+"""The published backbones, ResNet and Swin, which turn an image into four feature maps, fine to coarse.
 
 A backbone is a module with `channels`, the channels of its four maps, and `forward(images) -> list of four maps`. Every
 halving rounds up, for any image size: ceil(H / 2), then half of that, and so on.
@@ -205,44 +205,8 @@ class Swin(nn.Module):
         return features
 
 
-class SmallBackbone(nn.Module):
-    """Four residual blocks at strides 2, 4, 8 and 8, for images of about 64 pixels on a CPU.
-
-    It uses GroupNorm, because it is not pretrained and batches are small.
-    """
-
-    channels = (32, 64, 96, 128)
-
-    def __init__(self) -> None:
-        super().__init__()
-        norm = partial(nn.GroupNorm, 8)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, self.channels[0], 3, stride=2, padding=1, bias=False), norm(self.channels[0]), nn.ReLU()
-        )
-        self.stages = nn.ModuleList()
-        previous = self.channels[0]
-        for channels, stride in zip(self.channels, (1, 2, 2, 1), strict=True):
-            shortcut = None
-            if channels != previous:
-                shortcut = nn.Sequential(nn.Conv2d(previous, channels, 1, stride=stride, bias=False), norm(channels))
-            self.stages.append(resnet.BasicBlock(previous, channels, stride, shortcut, norm_layer=norm))
-            previous = channels
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
-        """Return the outputs of the four stages."""
-        x = self.stem(images)
-        features: list[Tensor] = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
-
-def build_backbone(config: ModelConfig) -> ResNet | Swin | SmallBackbone:
-    """Build the backbone `config.backbone` with random weights."""
+def build_backbone(config: ModelConfig) -> ResNet | Swin:
+    """Build the backbone `config.backbone`, which is not `small`, with random weights."""
     recompute = config.checkpoint_activations
     match config.backbone:
         case "resnet50":
@@ -258,4 +222,4 @@ def build_backbone(config: ModelConfig) -> ResNet | Swin | SmallBackbone:
         case "swin_l":
             return Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, config.drop_path, recompute)
         case "small":
-            return SmallBackbone()
+            raise ValueError("The backbone `small` is in maskformer.small_backbone. Use build_model.")

@@ -16,7 +16,11 @@ from maskformer.taxonomy import Taxonomy
 
 _ALPHA_THING, _ALPHA_STUFF, _ALPHA_CROWD = 0.5, 0.35, 0.6
 _HATCH = 8
-"""Pixels from one stripe of a crowd to the next; half of them are painted."""
+"""Line widths from one stripe of a crowd to the next; half of them are painted."""
+_STRIP_PIXELS = 1 << 20
+"""Pixels that are painted at a time; a photograph of 20 million pixels would take 700 MB at once."""
+_NAMING_SIDE = 1000
+"""Pixels of the longer side that suffice to find room for names."""
 _GOLDEN_RATIO = 0.618034
 _VARIATIONS = (0.0, 0.16, -0.13, 0.08, -0.2, 0.22, -0.07)
 """Changes in lightness from one instance of a class to the next."""
@@ -40,10 +44,11 @@ def overlay(
         ValueError: a category is unknown, or an id occurs twice.
     """
     numbers = segment_numbers(ids, segments)
-    painted = Image.fromarray(paint(image, ids, segments, taxonomy))
+    painted = Image.fromarray(_paint(image, numbers, segments, taxonomy))
     pen = ImageDraw.Draw(painted)
     height, width = ids.shape
-    font = ImageFont.load_default(size=min(max(11, min(height, width) // 30), 30))
+    font = ImageFont.load_default(size=max(11, min(height, width) // 30))
+    margin = 3 * line_width(ids.shape)
     colors = segment_colors(segments, taxonomy)
     placed: list[tuple[int, int, int, int]] = []
     for number, (y, x), area in _middles(numbers):
@@ -51,7 +56,7 @@ def overlay(
         name = _drawable(taxonomy.names[taxonomy.class_index(segment["category_id"])])
         name += " (crowd)" if segment.get("iscrowd") else ""
         left, top, right, bottom = map(round, pen.textbbox((0, 0), name, font))
-        box_width, box_height = right - left + 6, bottom - top + 6
+        box_width, box_height = right - left + 2 * margin, bottom - top + 2 * margin
         if box_width > width or box_height > height or 2 * box_width * box_height > area:
             continue
         x = min(max(0, x - box_width // 2), width - box_width)
@@ -63,7 +68,7 @@ def overlay(
         red, green, blue = color = tuple(colors[number - 1].tolist())
         dark = 299 * red + 587 * green + 114 * blue < 140_000
         pen.rectangle(box, color)
-        pen.text((x + 3 - left, y + 3 - top), name, (255, 255, 255) if dark else (0, 0, 0), font)
+        pen.text((x + margin - left, y + margin - top), name, (255, 255, 255) if dark else (0, 0, 0), font)
     return np.array(painted)
 
 
@@ -74,20 +79,41 @@ def paint(
     taxonomy: Taxonomy,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Return a copy of the image with every segment painted and outlined, without names; see `overlay`."""
-    numbers = segment_numbers(ids, segments)
-    things = [taxonomy.is_thing(taxonomy.class_index(segment["category_id"])) for segment in segments]
-    crowds = [bool(segment.get("iscrowd")) for segment in segments]
-    alphas = [_ALPHA_CROWD if c else _ALPHA_THING if t else _ALPHA_STUFF for t, c in zip(things, crowds, strict=True)]
+    return _paint(image, segment_numbers(ids, segments), segments, taxonomy)
 
-    alpha = np.array([0.0, *alphas], np.float32)[numbers]
-    if any(crowds):
-        rows, columns = np.ogrid[: ids.shape[0], : ids.shape[1]]
-        gap = (rows + columns) % _HATCH >= _HATCH // 2
-        alpha[np.array([False, *crowds])[numbers] & gap] = 0
-    alpha[outlines(numbers)] = 1
-    colors = np.concatenate([np.zeros((1, 3), np.uint8), segment_colors(segments, taxonomy)])[numbers]
-    mixed = image + (colors.astype(np.float32) - image) * alpha[..., None]
-    return (mixed + 0.5).astype(np.uint8)
+
+def line_width(shape: tuple[int, ...]) -> int:
+    """Return the pixels of an outline in a picture of this height and width: larger ones are seen from further away."""
+    return max(1, min(shape) // 500)
+
+
+def _paint(
+    image: UInt8[np.ndarray, "H W 3"],
+    numbers: Integer[np.ndarray, "H W"],
+    segments: Sequence[Mapping[str, Any]],
+    taxonomy: Taxonomy,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Paint the segments by their numbers, as `segment_numbers` gives them."""
+    things = [taxonomy.is_thing(taxonomy.class_index(segment["category_id"])) for segment in segments]
+    crowds = np.array([False, *(bool(segment.get("iscrowd")) for segment in segments)])
+    alphas = [_ALPHA_THING if thing else _ALPHA_STUFF for thing in things]
+    alpha_of = np.where(crowds, _ALPHA_CROWD, np.array([0.0, *alphas])).astype(np.float32)
+    color_of = np.concatenate([np.zeros((1, 3), np.uint8), segment_colors(segments, taxonomy)]).astype(np.float32)
+
+    height, width = numbers.shape
+    line = line_width(numbers.shape)
+    edges, painted = outlines(numbers, line), np.empty_like(image)
+    rows_at_once = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows_at_once):
+        strip = slice(top, top + rows_at_once)
+        here = numbers[strip]
+        alpha = alpha_of[here]
+        if crowds.any():
+            rows, columns = np.ogrid[top : top + len(here), :width]
+            alpha[crowds[here] & ((rows + columns) // line % _HATCH >= _HATCH // 2)] = 0
+        alpha[edges[strip]] = 1
+        painted[strip] = image[strip] + (color_of[here] - image[strip]) * alpha[..., None] + 0.5
+    return painted
 
 
 def segment_numbers(ids: Integer[np.ndarray, "H W"], segments: Sequence[Mapping[str, Any]]) -> Int[np.ndarray, "H W"]:
@@ -108,14 +134,19 @@ def segment_numbers(ids: Integer[np.ndarray, "H W"], segments: Sequence[Mapping[
     return np.where(known[nearest] == ids, numbers[nearest], 0)
 
 
-def outlines(numbers: Integer[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """Return the pixels of segments (not 0) above, below, left or right of which another segment, or void, is."""
+def outlines(numbers: Integer[np.ndarray, "H W"], width: int = 1) -> Bool[np.ndarray, "H W"]:
+    """Return the pixels of segments (not 0) with another segment, or void, above, below, left or right of them.
+
+    Args:
+        width: up to how many pixels away.
+    """
     edge = np.zeros(numbers.shape, bool)
-    below, right = numbers[1:] != numbers[:-1], numbers[:, 1:] != numbers[:, :-1]
-    edge[:-1] |= below
-    edge[1:] |= below
-    edge[:, :-1] |= right
-    edge[:, 1:] |= right
+    for step in range(1, width + 1):
+        below, right = numbers[step:] != numbers[:-step], numbers[:, step:] != numbers[:, :-step]
+        edge[:-step] |= below
+        edge[step:] |= below
+        edge[:, :-step] |= right
+        edge[:, step:] |= right
     return edge & (numbers != 0)
 
 
@@ -149,18 +180,20 @@ def _class_color(index: int, taxonomy: Taxonomy) -> tuple[float, float, float]:
 
 
 def _middles(numbers: Int[np.ndarray, "H W"]) -> list[tuple[int, tuple[int, int], int]]:
-    """Return number, a pixel (row, column) well inside, and area of each segment with pixels, the largest first.
+    """Return number, a pixel (row, column) well inside, and about the area of each segment, the largest first.
 
     The pixel is the one with the most room of its segment in all four directions; left and right count a third, since
     names are wide.
     """
-    room = np.minimum(_room(numbers), _room(numbers.T, 3).T).ravel()
-    flat = numbers.ravel()
+    step = -(-max(numbers.shape) // _NAMING_SIDE)
+    fewer = numbers[::step, ::step]
+    room = np.minimum(_room(fewer), _room(fewer.T, 3).T).ravel()
+    flat = fewer.ravel()
     order = np.lexsort((room, flat))  # the last pixel of each segment has the most room
     present, areas = np.unique(flat, return_counts=True)
     best = order[np.cumsum(areas) - 1]
     found = [
-        (number, divmod(pixel, numbers.shape[1]), area)
+        (number, (pixel // fewer.shape[1] * step, pixel % fewer.shape[1] * step), area * step**2)
         for number, pixel, area in zip(present.tolist(), best.tolist(), areas.tolist(), strict=True)
         if number
     ]

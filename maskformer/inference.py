@@ -5,7 +5,7 @@ Images are processed one at a time and without padding, as for the published res
 Letters: H W original image, h w resized image, h4 w4 map of the mask logits, Q queries, K1 classes and "no object".
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,28 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from maskformer.config import PanopticConfig
+from maskformer.images import ImageSource, read_image
 from maskformer.model import MaskFormer
 from maskformer.postprocess import Size, instances, keep_queries, panoptic, semantic
 from maskformer.preprocess import normalize, resize_image, resized_shape
 from maskformer.taxonomy import Taxonomy
 
 
+class Segmentation(NamedTuple):
+    """A panoptic segmentation of one image."""
+
+    ids: Int32[np.ndarray, "H W"]
+    """Segment id of each pixel, 0 for void."""
+    segments: list[dict[str, Any]]
+    """COCO's `segments_info`: `id`, `category_id`, `isthing`, `area` in pixels, and `score`."""
+
+
 class Segmenter:
-    """A model in evaluation mode with its pre- and post-processing; results have the size of the original image."""
+    """A model in evaluation mode with its pre- and post-processing; results have the size of the original image.
+
+    Images are given as `maskformer.images.read_image` takes them: a path, the bytes of a file, a Pillow image, or RGB
+    pixels as uint8 [H, W, 3]. Files and Pillow images are turned upright by their EXIF orientation, arrays are not.
+    """
 
     def __init__(
         self,
@@ -35,9 +49,16 @@ class Segmenter:
         self.taxonomy, self.config = taxonomy, config
         self.short_side, self.long_side = short_side, long_side
 
-    def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> tuple[Int32[np.ndarray, "H W"], list[dict[str, object]]]:
-        """Segment an RGB image; return its map of segment ids, 0 for void, and COCO's `segments_info`."""
-        return self.segment_resized(self._resize(image), (image.shape[0], image.shape[1]))
+    def segment(self, image: ImageSource) -> Segmentation:
+        """Segment an image, upright.
+
+        Raises:
+            ValueError: it cannot be read; see `read_image`.
+        """
+        pixels = read_image(image)
+        return Segmentation(*self.segment_resized(self.resize(pixels), (pixels.shape[0], pixels.shape[1])))
+
+    __call__ = segment
 
     def segment_resized(
         self, image: UInt8[np.ndarray, "h w 3"], original: tuple[int, int]
@@ -57,15 +78,18 @@ class Segmenter:
         kept_logits, kept_masks = keep_queries(class_logits, mask_logits, self.config, self.taxonomy)
         return kept_logits.cpu(), kept_masks.cpu()
 
-    def semantic(self, image: UInt8[np.ndarray, "H W 3"]) -> Int32[np.ndarray, "H W"]:
-        """Return the class index of each pixel of an RGB image, as numbered by `taxonomy`; no pixel is void."""
-        return semantic(*self._forward(self._resize(image), (image.shape[0], image.shape[1])))
+    def semantic(self, image: ImageSource) -> Int32[np.ndarray, "H W"]:
+        """Return the class index of each pixel of an image, as numbered by `taxonomy`; no pixel is void."""
+        pixels = read_image(image)
+        return semantic(*self._forward(self.resize(pixels), (pixels.shape[0], pixels.shape[1])))
 
-    def instances(self, image: UInt8[np.ndarray, "H W 3"]) -> list[dict[str, Any]]:
-        """Return the things of an RGB image as COCO instance results without `image_id`, highest score first."""
-        return instances(*self._forward(self._resize(image), (image.shape[0], image.shape[1])), self.taxonomy)
+    def instances(self, image: ImageSource) -> list[dict[str, Any]]:
+        """Return the things of an image as COCO instance results without `image_id`, highest score first."""
+        pixels = read_image(image)
+        return instances(*self._forward(self.resize(pixels), (pixels.shape[0], pixels.shape[1])), self.taxonomy)
 
-    def _resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    def resize(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """Resize RGB pixels for `segment_resized`."""
         return resize_image(image, resized_shape(image.shape[0], image.shape[1], self.short_side, self.long_side))
 
     @torch.inference_mode()

@@ -7,17 +7,20 @@ Letters: L decoder layers, B images, Q queries, K classes (K1 = K + 1, "no objec
 image, h w finest feature map (stride 4; stride 2 for the `small` backbone), both rounded up.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskformer.backbone import build_backbone
 from maskformer.config import ModelConfig
 from maskformer.pixel_decoder import PixelDecoder
+from maskformer.small_backbone import SmallBackbone
 from maskformer.transformer import TransformerDecoder, sine_positions
+
+if TYPE_CHECKING:
+    from maskformer.backbone import ResNet, Swin
 
 
 class MaskFormerOutput(NamedTuple):
@@ -34,7 +37,7 @@ class MaskFormer(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden_dim
-        self.backbone = build_backbone(config)
+        self.backbone = _build_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, config)
         self.query_embedding = nn.Embedding(config.num_queries, hidden)
         self.transformer_decoder = TransformerDecoder(config)
@@ -96,3 +99,11 @@ def build_model(config: ModelConfig) -> MaskFormer:
     `maskformer.weights.initial_weights`.
     """
     return MaskFormer(config)
+
+
+def _build_backbone(config: ModelConfig) -> "ResNet | Swin | SmallBackbone":
+    if config.backbone == "small":
+        return SmallBackbone()
+    from maskformer.backbone import build_backbone  # imports torchvision, which takes a second
+
+    return build_backbone(config)

@@ -6,20 +6,17 @@ This module downloads nothing.
 from pathlib import Path
 
 import torch
-from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
-    ResNet50_Weights,
-    ResNet101_Weights,
-)
 
 from maskformer.model import MaskFormer
 from maskformer.taxonomy import Taxonomy
 from maskformer.weights.loading import LoadReport, in_classifier, load
 from maskformer.weights.reading import Source
 
+_RESNET = "https://download.pytorch.org/models/"
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 _URLS = {
-    "resnet50": ResNet50_Weights.IMAGENET1K_V1.url,  # torchvision://resnet50 in mmdetection
-    "resnet101": ResNet101_Weights.IMAGENET1K_V1.url,
+    "resnet50": _RESNET + "resnet50-0676ba61.pth",  # torchvision://resnet50 in mmdetection
+    "resnet101": _RESNET + "resnet101-63fe2227.pth",
     "swin_t": _SWIN + "swin_tiny_patch4_window7_224.pth",
     "swin_s": _SWIN + "swin_small_patch4_window7_224.pth",
     "swin_b": _SWIN + "swin_base_patch4_window12_384_22k.pth",

@@ -1,10 +1,12 @@
 """Load a file of any known format into a native state dict, with a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from maskformer.config import ModelConfig
 from maskformer.model import build_model
@@ -92,7 +94,7 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
     weights = read(source)
     layout = recognize(weights)
     renamed = layout.to_native(weights.tensors, weights.source)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         expected = build_model(config).state_dict()
     heads = model_fields(weights).get("num_heads", config.num_heads)
     if heads != config.num_heads:
@@ -124,6 +126,18 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
         classes_new=moved.new if moved else (),
     )
     return {name: state[name] for name in expected if name in state}, report
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips torch.nn.init: to draw normal numbers for the meta device, torch imports its compiler, in seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func is Tensor.normal_:
+            return given.get("tensor", args[0] if args else None)
+        return func(*args, **given)
 
 
 def in_classifier(name: str) -> bool:

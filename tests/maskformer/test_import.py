@@ -36,7 +36,7 @@ def test_configuration_and_taxonomy_load_no_heavy_library(statement: str) -> Non
 
 
 def test_the_model_would_have_loaded_them() -> None:
-    assert loaded_by("from maskformer import build_model, match") >= HEAVY
+    assert loaded_by("from maskformer import build_model, match, R50; build_model(R50)") >= HEAVY
 
 
 def test_every_public_name_resolves() -> None:

@@ -11,10 +11,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from maskformer.backbone import Bottleneck, FrozenBatchNorm2d, ResNet, SmallBackbone, Swin
+from maskformer.backbone import Bottleneck, FrozenBatchNorm2d, ResNet, Swin
 from maskformer.config import DEMO, R50, SWIN_T, ModelConfig
 from maskformer.model import build_model
 from maskformer.pixel_decoder import PixelDecoder
+from maskformer.small_backbone import SmallBackbone
 from maskformer.transformer import sine_positions
 
 TINY = ModelConfig(

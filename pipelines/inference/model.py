@@ -1,0 +1,70 @@
+"""Opening the model of a command line: of a run, of another program, or of MLflow's registry."""
+
+import hashlib
+import tempfile
+
+import torch
+
+from maskformer import PanopticConfig, Segmenter, checkpoint, weights
+from pipelines.checkpoints import pretrained
+from pipelines.config.fields import facts
+from pipelines.config.publish import ThresholdConfig
+from pipelines.config.resolve import or_environment
+from pipelines.errors import UserError
+
+_REGISTRY = "models:/"
+
+
+def open_segmenter(uri: str, thresholds: ThresholdConfig, tracking_uri: str = "") -> tuple[Segmenter, str]:
+    """Open the model at a path or URI on the CPU; return it and where its weights come from.
+
+    Args:
+        uri: as for `pipelines.checkpoints.pretrained.read`, or models:/NAME@ALIAS or models:/NAME/VERSION.
+        thresholds: replace the model's own where they are given.
+        tracking_uri: of MLflow's registry. Default: $MLFLOW_TRACKING_URI.
+
+    Raises:
+        UserError: it does not exist, or is no complete model.
+        StorageUnavailableError: the storage did not answer.
+    """
+    source = _registered(uri, tracking_uri) if uri.startswith(_REGISTRY) else pretrained.read(uri)
+    try:
+        segmenter = checkpoint.segmenter(source, "cpu")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    given, own = thresholds, segmenter.config
+    segmenter.config = PanopticConfig(
+        score_threshold=own.score_threshold if given.score_threshold is None else given.score_threshold,
+        overlap_threshold=own.overlap_threshold if given.overlap_threshold is None else given.overlap_threshold,
+    )
+    return segmenter, source.source
+
+
+def fingerprint(segmenter: Segmenter) -> str:
+    """Return a hash of a model's weights and classes."""
+    digest = hashlib.sha256(repr(segmenter.taxonomy).encode())
+    for name, tensor in segmenter.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _registered(uri: str, tracking_uri: str) -> weights.Weights:
+    store = or_environment("tracking.uri", tracking_uri)
+    if not store:
+        raise UserError(
+            f"{uri} is in an MLflow registry. Set it by --tracking.uri or ${facts('tracking.uri').variable}."
+        )
+    import mlflow  # takes seconds, and few need it
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            folder = mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=store)
+            found = checkpoint.read(folder)
+        except (MlflowException, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise UserError(
+                f"{uri} cannot be loaded from {store}: {reason}. Check name, alias and registry."
+            ) from error
+    return weights.Weights(uri, found.tensors, found.about)

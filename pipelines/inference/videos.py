@@ -1,0 +1,78 @@
+"""Frames of videos, upright, through PyAV, which the extra `video` installs."""
+
+import io
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskformer.images import MAX_PIXELS, UnreadableImageError
+from pipelines.errors import UserError
+from pipelines.storage import is_remote, locate
+
+_NO_PROTOCOLS = {"protocol_whitelist": "none"}
+"""A playlist under the name of a video could make ffmpeg open other files and addresses."""
+
+
+def require_decoder() -> None:
+    """Check that videos can be read.
+
+    Raises:
+        UserError: PyAV is not installed.
+    """
+    try:
+        import av  # noqa: F401  # an extra
+    except ImportError as error:
+        raise UserError("Videos need PyAV. Install it: pip install 'maskformer-ray[video]'.") from error
+
+
+def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Yield number and RGB pixels [H, W, 3] of each `every`-th frame of a video, from frame 0 on.
+
+    Args:
+        source: path or URI. An object is read into memory as a whole.
+        name: for messages.
+
+    Raises:
+        UnreadableImageError: it is no video, or damaged.
+    """
+    import av  # an extra
+
+    content: Any = io.BytesIO(locate(source).read_bytes()) if is_remote(source) else open(source, "rb")  # noqa: SIM115
+    with content:
+        try:
+            with av.open(content, options=_NO_PROTOCOLS) as container:
+                if not container.streams.video:
+                    raise UnreadableImageError(f"{name} has no pictures. Give a video.")
+                stream = container.streams.video[0]
+                if stream.width * stream.height > MAX_PIXELS:
+                    raise UnreadableImageError(f"{name} has {stream.width} x {stream.height} pixels. Make it smaller.")
+                for number, frame in zip(itertools.count(), container.decode(stream), strict=False):
+                    if number % every == 0:
+                        yield number, _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+        except (av.FFmpegError, ValueError) as error:
+            if isinstance(error, UnreadableImageError):
+                raise
+            raise UnreadableImageError(
+                f"{name} cannot be decoded ({error}). Replace it by an undamaged copy."
+            ) from error
+
+
+def expected_frames(source: str, every: int) -> int:
+    """Return about how many frames of a local video will be segmented; 1 if it does not say or is remote."""
+    import av  # an extra
+
+    if is_remote(source):
+        return 1
+    try:
+        with open(source, "rb") as file, av.open(file, options=_NO_PROTOCOLS) as container:
+            return max(1, -(-container.streams.video[0].frames // every))
+    except (av.FFmpegError, OSError, ValueError, IndexError):
+        return 1
+
+
+def _upright(pixels: npt.NDArray[np.uint8], rotation: int) -> npt.NDArray[np.uint8]:
+    """Turn a frame by the degrees, counterclockwise, that its display matrix states."""
+    return np.ascontiguousarray(np.rot90(pixels, round(rotation / 90) % 4))

@@ -1,0 +1,67 @@
+"""What a command line names is found, each time in the same order, and nothing else."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.inference.inputs import Inputs
+from pipelines.storage import locate
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "photos"
+    for name in ("b.JPG", "a.png", "a.jpg", "sub/deep/c.webp", "sub/.hidden.jpg", ".trash/d.jpg", "notes.txt", "v.mp4"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    (folder / "loop").symlink_to(folder)
+    (folder / "linked.jpg").symlink_to(folder / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def names(*inputs: str, output: str = "/nowhere") -> list[str]:
+    found = Inputs(inputs, output)
+    assert list(found) == list(found)
+    return [item.name for item in found]
+
+
+def test_folders_are_searched(photos: Path) -> None:
+    assert names("photos") == ["a.jpg", "a.png", "b.JPG", "linked.jpg", "sub/deep/c.webp"]
+    assert names("photos/sub", "photos/a.png") == ["sub/deep/c.webp", "a.png"]
+    assert names("photos", output=str(photos / "sub")) == ["a.jpg", "a.png", "b.JPG", "linked.jpg"]
+
+
+def test_files_globs_and_lists(photos: Path, tmp_path: Path) -> None:
+    assert names("photos/a.png", "photos/v.mp4") == ["a.png", "v.mp4"]
+    assert names("photos/a.*") == ["a.jpg", "a.png"]
+    assert names("photos/**/*.*") == ["a.jpg", "a.png", "b.JPG", "linked.jpg", "sub/deep/c.webp", "v.mp4"]
+    strange = photos / "[1]\n.jpg"
+    strange.write_bytes(b"")
+    assert names(str(strange)) == ["[1]%0A.jpg"]
+    raw = os.fsencode(photos) + b"/\xff.jpg"
+    with open(raw, "wb"):
+        pass
+    (tmp_path / "list.txt").write_bytes(b"photos/a.jpg\r\n\n" + raw + b"\nphotos/sub/../../../../etc/none.jpg\n")
+    assert [name.rpartition("/")[2] for name in names("@list.txt")] == ["a.jpg", "%FF.jpg", "none.jpg"]
+
+
+def test_a_prefix_of_an_object_store(bucket: str) -> None:
+    for name in ("photos/a.jpg", "photos/sub/b.png", "photos/notes.txt", "out/x.jpg"):
+        (locate(bucket) / name).write_bytes(b"x")
+    assert names(f"{bucket}/photos") == ["a.jpg", "sub/b.png"]
+    assert names(bucket, output=f"{bucket}/out") == ["photos/a.jpg", "photos/sub/b.png"]
+    (locate(bucket) / "list.txt").write_text(f"{bucket}/photos/a.jpg\n")
+    assert names(f"@{bucket}/list.txt") == ["a.jpg"]
+
+
+def test_nothing_is_an_error(photos: Path) -> None:
+    for inputs, message in {
+        (): "There is no picture to segment",
+        ("none.jpg", "none"): "There is nothing at .*none.jpg",
+        ("@none.txt",): "There is no list",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Inputs(inputs, "/nowhere")
