@@ -134,12 +134,13 @@ _PICTURES = pa.schema(
 
 
 def _small(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
-    """Return the image with a long side of `_SIDE` pixels, or as it is if it is smaller."""
+    """Return the image with a long side of at most `_SIDE` pixels, tiny ones enlarged by repeating pixels."""
     image = Image.open(io.BytesIO(content))
     image.draft("RGB", (_SIDE, _SIDE))  # a JPEG can be decoded at a fraction of its size
     image = image.convert("RGB")
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    times = max(1, _SIDE // max(image.size))
+    return np.asarray(image).repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _resized(ids: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from datetime import datetime
 
 from maskformer.analysis.bootstrap import Difference, pq_difference
-
 from maskformer.analysis.lost_quality import CAUSES, SIZES, lost_quality
 from maskformer.analysis.lrp import class_lrp
 from maskformer.analysis.summary import Analysis
