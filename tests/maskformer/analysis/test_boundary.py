@@ -149,6 +149,18 @@ def test_a_coarse_contour_of_a_large_segment_costs_more_than_in_panoptic_quality
         assert score(*case)[THING] == ClassQuality(THING, 0.0, 0, 1, 1)
 
 
+def test_a_hole_costs_at_least_its_area() -> None:
+    truth, prediction = np.zeros((2, 400, 400), dtype=int)  # the width is 11
+    truth[50:350, 50:350] = 1
+    prediction[50:350, 50:350] = 1
+    prediction[100:300, 100:300] = 0
+    outline, around_hole = 300**2 - 278**2, 222**2 - 200**2
+    mask_iou, boundary_iou = (300**2 - 200**2) / 300**2, outline / (outline + around_hole)
+    assert 0.5 < mask_iou < boundary_iou
+    found = boundary_quality((prediction, [info(1, THING)]), (truth, [info(1, THING)]), TAXONOMY)
+    assert found == {THING: (THING, mask_iou, 1, 0, 0)}
+
+
 def test_void_at_the_boundary_leaves_the_union() -> None:
     truth = np.ones((200, 200), dtype=int)  # the width is 6
     prediction = truth.copy()

@@ -128,6 +128,17 @@ def test_a_detection_of_a_crowd_is_neither_right_nor_wrong() -> None:
     assert object_.ap == pytest.approx(0.5 * 51 / 101)
 
 
+def test_a_segment_without_score_comes_first() -> None:
+    ids = np.zeros((50, 50), dtype=np.int32)
+    ids[:20, :20] = 1
+    prediction = ids.copy()
+    prediction[30:, 30:] = 2
+    truth = ids, [info(1, THING)]
+    found = ap_of((prediction, [info(1, THING), info(2, THING, score=0.9)]), truth)
+    assert found.ap == pytest.approx(1.0)  # the false alarm comes after all that there is to find
+    assert ap_of((prediction, [info(1, THING, score=0.9), info(2, THING)]), truth).ap == pytest.approx(0.5)
+
+
 def plain(classes: tuple[Any, Any], images: tuple[Encoded, Encoded, Sizes], folder: Path) -> Any:
     """Call COCOeval as its manual says: files of annotations and of results."""
     predicted, true, sizes = images
