@@ -157,7 +157,7 @@ def test_a_hole_costs_at_least_its_area() -> None:
     outline, around_hole = 300**2 - 278**2, 222**2 - 200**2
     mask_iou, boundary_iou = (300**2 - 200**2) / 300**2, outline / (outline + around_hole)
     assert 0.5 < mask_iou < boundary_iou
-    found = boundary_quality((prediction, [info(1, THING)]), (truth, [info(1, THING)]), TAXONOMY)
+    found = score((prediction, [info(1, THING)]), (truth, [info(1, THING)]))
     assert found == {THING: (THING, mask_iou, 1, 0, 0)}
 
 
