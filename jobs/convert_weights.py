@@ -1,19 +1,19 @@
-"""Convert a MaskFormer checkpoint of mmdetection, detectron2, Hugging Face or the native format to another format.
+"""Convert a MaskFormer checkpoint to the format of another program, or export its network to run without this package.
 
-python jobs/convert_weights.py --input maskformer_r50.pth --output maskformer_r50.safetensors --to native
+python jobs/convert_weights.py --input maskformer_r50.pth --output maskformer_r50.onnx --to onnx
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jobs.shared.cli import parse, run
 from maskformer.config import WeightFormat
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from maskformer import Taxonomy
+    from maskformer import MaskFormer, Taxonomy, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,14 @@ class ConvertWeights:
     input: str
     """Checkpoint to convert, a path or URI: a file, a folder with config.json (Hugging Face or native), or a run."""
     output: str
-    """A new file; for huggingface, a new folder."""
-    to: WeightFormat
-    """native (safetensors), mmdet (3.x), mmdet2 (2.x) or huggingface (a folder for from_pretrained)."""
+    """A new file (.onnx or .pt2 for a network); for huggingface, a new folder."""
+    to: WeightFormat | Literal["onnx", "torch-export"]
+    """Weights: native (safetensors), mmdet (3.x), mmdet2 (2.x), huggingface (a folder for from_pretrained). The network
+    itself: onnx or torch-export."""
     categories: str | None = None
     """JSON file with COCO panoptic `categories`. The class head is matched to them by name."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images that an exported network takes. Default: any; a Swin needs a fixed size."""
 
 
 def main() -> None:
@@ -47,7 +50,13 @@ def _convert(flags: ConvertWeights) -> str:
 
     from maskformer import build_model, weights
     from pipelines.checkpoints import pretrained
+    from pipelines.checkpoints.details import model_details
 
+    network = flags.to in ("onnx", "torch-export")
+    if flags.size is not None and not network:
+        raise UserError(
+            f"--size is for onnx and torch-export; weights in the format {flags.to} have none. Leave it out."
+        )
     file = pretrained.read(flags.input)
     config = weights.detect_config(file)
     taxonomy = None
@@ -63,11 +72,34 @@ def _convert(flags: ConvertWeights) -> str:
                 f"{flags.input} names {config.num_classes} classes that are not COCO's, but not which of them are "
                 f"things. Give them with --categories FILE, the annotation file of the data set it was trained on."
             )
-    with torch.device("meta"):
+    details = model_details(flags.input, file)
+    with torch.device("cpu" if network else "meta"):  # a network has constants that are not among its weights
         model = build_model(config)
     model.load_state_dict(state, assign=True)
-    weights.save(model, flags.output, flags.to, taxonomy)
+    if flags.to == "onnx" or flags.to == "torch-export":
+        return f"{report}\n{_export(model, flags, taxonomy, details)}"
+    weights.save(model, flags.output, flags.to, taxonomy, details)
     return str(report)
+
+
+def _export(
+    model: "MaskFormer", flags: ConvertWeights, taxonomy: "Taxonomy | None", details: "weights.ModelDetails"
+) -> str:
+    """Export the network, and return how it compares with the model."""
+    from maskformer import Segmenter
+    from maskformer.export import export
+    from maskformer.taxonomy import COCO
+
+    if taxonomy is None and model.config.num_classes == COCO.num_classes:
+        taxonomy = COCO
+    if taxonomy is None:
+        raise UserError(
+            f"{flags.input} does not name its {model.config.num_classes} classes. Give them with --categories FILE, "
+            f"the annotation file of the data set it was trained on."
+        )
+    assert flags.to == "onnx" or flags.to == "torch-export"
+    sides = {"short_side": details.short_side, "long_side": details.long_side}
+    return str(export(Segmenter(model, taxonomy, details.panoptic, **sides), flags.output, flags.to, flags.size))
 
 
 def _read_categories(path: Path) -> "Taxonomy":
