@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jobs.shared.cli import parse, run
-from maskformer.config import WeightFormat
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from maskformer import MaskFormer, Taxonomy, weights
+    from maskformer import MaskFormer, Segmenter, Taxonomy, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +23,9 @@ class ConvertWeights:
     """Checkpoint to convert, a path or URI: a file, a folder with config.json (Hugging Face or native), or a run."""
     output: str
     """A new file (.onnx or .pt2 for a network); for huggingface, a new folder."""
-    to: WeightFormat | Literal["onnx", "torch-export"]
-    """Weights: native (safetensors), mmdet (3.x), mmdet2 (2.x), huggingface (a folder for from_pretrained). The network
-    itself: onnx or torch-export."""
+    to: Literal["native", "mmdet", "mmdet2", "huggingface", "onnx", "torch-export"]
+    """Weights: native (safetensors), mmdet (3.x), mmdet2 (2.x), huggingface (a folder for from_pretrained). onnx and
+    torch-export write the network itself, which runs without this package."""
     categories: str | None = None
     """JSON file with COCO panoptic `categories`. The class head is matched to them by name."""
     size: tuple[int, int] | None = None
@@ -49,14 +48,12 @@ def _convert(flags: ConvertWeights) -> str:
     import torch  # --help should not
 
     from maskformer import build_model, weights
+    from maskformer.export import export
     from pipelines.checkpoints import pretrained
     from pipelines.checkpoints.details import model_details
 
-    network = flags.to in ("onnx", "torch-export")
-    if flags.size is not None and not network:
-        raise UserError(
-            f"--size is for onnx and torch-export; weights in the format {flags.to} have none. Leave it out."
-        )
+    if flags.size is not None and flags.to not in ("onnx", "torch-export"):
+        raise UserError(f"--size is for onnx and torch-export, got it with --to {flags.to}. Leave it out.")
     file = pretrained.read(flags.input)
     config = weights.detect_config(file)
     taxonomy = None
@@ -73,33 +70,33 @@ def _convert(flags: ConvertWeights) -> str:
                 f"things. Give them with --categories FILE, the annotation file of the data set it was trained on."
             )
     details = model_details(flags.input, file)
-    with torch.device("cpu" if network else "meta"):  # a network has constants that are not among its weights
+    if flags.to == "onnx" or flags.to == "torch-export":
+        model = build_model(config)
+        model.load_state_dict(state)
+        segmenter = _segmenter(model, flags.input, taxonomy, details)
+        return f"{report}\n{export(segmenter, flags.output, flags.to, flags.size)}"
+    with torch.device("meta"):
         model = build_model(config)
     model.load_state_dict(state, assign=True)
-    if flags.to == "onnx" or flags.to == "torch-export":
-        return f"{report}\n{_export(model, flags, taxonomy, details)}"
     weights.save(model, flags.output, flags.to, taxonomy, details)
     return str(report)
 
 
-def _export(
-    model: "MaskFormer", flags: ConvertWeights, taxonomy: "Taxonomy | None", details: "weights.ModelDetails"
-) -> str:
-    """Export the network, and return how it compares with the model."""
+def _segmenter(
+    model: "MaskFormer", source: str, taxonomy: "Taxonomy | None", details: "weights.ModelDetails"
+) -> "Segmenter":
     from maskformer import Segmenter
-    from maskformer.export import export
     from maskformer.taxonomy import COCO
 
     if taxonomy is None and model.config.num_classes == COCO.num_classes:
         taxonomy = COCO
     if taxonomy is None:
         raise UserError(
-            f"{flags.input} does not name its {model.config.num_classes} classes. Give them with --categories FILE, "
-            f"the annotation file of the data set it was trained on."
+            f"{source} does not name its {model.config.num_classes} classes. Give them with --categories FILE, the "
+            f"annotation file of the data set it was trained on."
         )
-    assert flags.to == "onnx" or flags.to == "torch-export"
-    sides = {"short_side": details.short_side, "long_side": details.long_side}
-    return str(export(Segmenter(model, taxonomy, details.panoptic, **sides), flags.output, flags.to, flags.size))
+    short_side, long_side = details.short_side, details.long_side
+    return Segmenter(model, taxonomy, details.panoptic, short_side=short_side, long_side=long_side)
 
 
 def _read_categories(path: Path) -> "Taxonomy":
