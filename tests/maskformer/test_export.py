@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import maskformer.export
-from maskformer import DEMO, ModelConfig, PanopticConfig, Segmenter, Taxonomy, build_model
+from maskformer import ModelConfig, PanopticConfig, Segmenter, Taxonomy, build_model
 from maskformer.export import ExportFormat, ExportReport, export
 from maskformer.postprocess import Size
 from maskformer.preprocess import resize_image, resized_shape
@@ -29,10 +29,11 @@ SMALL: dict[str, Any] = {
     "hidden_dim": 32,
     "num_heads": 2,
     "feedforward_dim": 16,
-    "decoder_layers": 2,
+    "decoder_layers": 1,
 }
 RESNET = ModelConfig(encoder_layers=1, **SMALL)
 SWIN = ModelConfig(backbone="swin_t", encoder_layers=0, **SMALL)
+TINY = ModelConfig(backbone="small", encoder_layers=0, **SMALL)
 SWIN_SIZE = (61, 90)
 
 
@@ -131,7 +132,7 @@ def test_the_panoptic_result_is_that_of_the_segmenter(
 
 
 def test_a_program_of_torch_export_is_equal_to_the_bit(tmp_path: Path) -> None:
-    exported = written(tmp_path, replace(DEMO, num_classes=7), "torch-export", None)
+    exported = written(tmp_path, TINY, "torch-export", None)
     assert exported.report.difference == 0
     extra = {"metadata.json": ""}
     module = torch.export.load(exported.file, extra_files=extra).module()
@@ -147,11 +148,11 @@ def test_weights_beyond_the_limit_of_onnx_go_into_a_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maskformer.export, "_LARGEST_FILE", 1000)
-    exported = written(tmp_path, DEMO, "onnx", (64, 64))
+    exported = written(tmp_path, TINY, "onnx", (64, 64))
     names = ["model.onnx", "model.onnx.data", "model.onnx.json"]
     assert sorted(file.name for file in exported.report.files) == names
     assert sorted(file.name for file in tmp_path.iterdir()) == names
-    assert (tmp_path / "model.onnx").stat().st_size < 2_000_000 < (tmp_path / "model.onnx.data").stat().st_size
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
     image = np.zeros((33, 33, 3), np.uint8)
     with pytest.raises(Exception, match="invalid dimensions"):  # the size was fixed
         runtime(exported.file)(image)
@@ -192,7 +193,7 @@ def test_a_program_that_differs_from_the_model_is_not_kept(tmp_path: Path, monke
 
     monkeypatch.setattr(maskformer.export, "_run_torch", wrong)
     with pytest.raises(ValueError, match=r"mask_logits differ by 0\.1 from those of the model, on an image of 75x101"):
-        written(tmp_path, replace(DEMO, num_classes=7), "torch-export", None)
+        written(tmp_path, TINY, "torch-export", None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,5 +202,5 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         ValueError, match=r'needs onnxscript, .* Install the extra: pip install "maskformer-ray\[onnx\]"'
     ):
-        written(tmp_path, DEMO, "onnx", None)
+        written(tmp_path, TINY, "onnx", None)
     assert list(tmp_path.iterdir()) == []
