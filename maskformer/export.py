@@ -186,7 +186,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)  # they list each node that they do not simplify
-        onnx: Any = torch.onnx.export(
+        onnx: Any = torch.onnx.export(  # pyright: ignore[reportUnknownMemberType]  # torch leaves some arguments untyped
             program, dynamo=True, input_names=[_INPUT], output_names=_OUTPUTS, verbose=False, external_data=False
         )
     finally:
@@ -199,9 +199,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
 
 def _run_onnx(path: Path, sizes: tuple[Size, ...]) -> list[list[Tensor]]:
     session: Any = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [
-        [torch.from_numpy(each) for each in session.run(_OUTPUTS, {_INPUT: _noise(size).numpy()})] for size in sizes
-    ]  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
+    outputs = [session.run(_OUTPUTS, {_INPUT: _noise(size).numpy()}) for size in sizes]
+    return [[torch.as_tensor(each) for each in output] for output in outputs]
 
 
 def _run_torch(path: Path, sizes: tuple[Size, ...]) -> list[list[Tensor]]:

@@ -32,7 +32,7 @@ def fit(config: ModelConfig, images: list[Scene], steps: int) -> Segmenter:
     inputs = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in images])
     with torch.no_grad():
         features = model.backbone(normalize(inputs, config.pixel_mean, config.pixel_std))
-    model.backbone, backbone = _Constant(features), model.backbone
+    backbone, model._modules["backbone"] = model.backbone, _Constant(features)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     targets = [_targets(scene) for scene in images]
     model.train()

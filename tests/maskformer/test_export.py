@@ -84,6 +84,11 @@ def runtime(file: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     return run
 
 
+def logits(segmenter: Segmenter, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    classes, masks, _ = segmenter._forward(image, (image.shape[0], image.shape[1]))
+    return classes, masks
+
+
 def sizes_for(exported: Exported) -> list[Size]:
     return [SWIN_SIZE] if exported.segmenter.model.config.backbone == "swin_t" else [(33, 130), (75, 64), (97, 97)]
 
@@ -92,11 +97,11 @@ def test_the_logits_are_those_of_the_model(onnx: Exported) -> None:
     run = runtime(onnx.file)
     for size in sizes_for(onnx):
         image = np.random.default_rng(1).integers(0, 256, (*size, 3)).astype(np.uint8)
-        expected = onnx.segmenter._forward(image, size)
-        for found, logits in zip(run(image), expected, strict=False):
-            assert found.shape == (1, *logits.shape)
-            assert np.abs(found[0] - logits.numpy()).max() < 1e-4  # measured: 1e-5
-            assert logits.std() > 0.1
+        expected = logits(onnx.segmenter, image)
+        for found, wanted in zip(run(image), expected, strict=True):
+            assert found.shape == (1, *wanted.shape)
+            assert np.abs(found[0] - wanted.numpy()).max() < 1e-4  # measured: 1e-5
+            assert wanted.std() > 0.1
 
 
 def test_the_panoptic_result_is_that_of_the_segmenter(
@@ -119,8 +124,9 @@ def test_the_panoptic_result_is_that_of_the_segmenter(
         image = draw_scene(np.random.default_rng(number), SyntheticConfig()).image
         variables = {"image": image}
         exec(code, variables)
-        size: Size = SWIN_SIZE if fixed else resized_shape(*image.shape[:2], 56, 96)
-        expected, segments = onnx.segmenter.segment_resized(resize_image(image, size), (image.shape[0], image.shape[1]))
+        height, width = image.shape[:2]
+        size: Size = SWIN_SIZE if fixed else resized_shape(height, width, 56, 96)
+        expected, segments = onnx.segmenter.segment_resized(resize_image(image, size), (height, width))
         found_segments += len(segments)
         assert (variables["ids"] == expected).mean() > 0.999  # a pixel at the border of two segments may change sides
         assert [(each["id"], each["category_id"]) for each in variables["segments"]] == [
@@ -139,9 +145,9 @@ def test_a_program_of_torch_export_is_equal_to_the_bit(tmp_path: Path) -> None:
     assert json.loads(extra["metadata.json"]) == json.loads((tmp_path / "model.pt2.json").read_text())
     for size in sizes_for(exported):
         image = np.random.default_rng(1).integers(0, 256, (*size, 3)).astype(np.uint8)
-        expected = exported.segmenter._forward(image, size)
+        expected = logits(exported.segmenter, image)
         found = module(torch.from_numpy(image).permute(2, 0, 1)[None].float())
-        assert all(torch.equal(left[0], right) for left, right in zip(found, expected, strict=False))
+        assert all(torch.equal(left[0], right) for left, right in zip(found, expected, strict=True))
 
 
 def test_weights_beyond_the_limit_of_onnx_go_into_a_second_file(

@@ -113,7 +113,7 @@ def test_no_two_segments_share_an_id(run_card: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model, "forward", lambda *_args, **_options: outputs)
     variables = run_card(np.zeros((16, 20, 3), np.uint8))
     expected, segments = panoptic(
-        class_logits[0], mask_logits[0], ((16, 20),) * 3, PanopticConfig(score_threshold=0.5), TAXONOMY
+        class_logits[0], mask_logits[0], ((16, 20), (16, 20), (16, 20)), PanopticConfig(score_threshold=0.5), TAXONOMY
     )
     assert [TAXONOMY.category_id(each["label_id"]) for each in variables["segments"]] == [
         each["category_id"] for each in segments
