@@ -4,11 +4,14 @@ from maskformer.weights.architecture import detect_config
 from maskformer.weights.description import class_names, stated_taxonomy
 from maskformer.weights.initial import initial_weights
 from maskformer.weights.loading import LoadReport, load
+from maskformer.weights.model_card import Evaluation, ModelDetails
 from maskformer.weights.reading import Source, Weights, read
 from maskformer.weights.saving import save
 
 __all__ = [
+    "Evaluation",
     "LoadReport",
+    "ModelDetails",
     "Source",
     "Weights",
     "class_names",

@@ -43,7 +43,8 @@ def class_names(weights: Weights) -> tuple[str, ...] | None:
 
 
 def stated_taxonomy(weights: Weights) -> Taxonomy | None:
-    """Return the taxonomy of a file if it is known: that of a native file, or COCO if the class names are COCO's.
+    """Return the taxonomy of a file if it is known: that of a native file or of a folder for transformers written here,
+    or COCO if the class names are COCO's.
 
     Raises:
         ValueError: as for `class_names`.
@@ -89,12 +90,16 @@ def _native_taxonomy(weights: Weights) -> Taxonomy | None:
     if not categories:
         return None
     try:
-        return Taxonomy.from_coco(categories)
+        taxonomy = Taxonomy.from_coco(categories)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{weights.source} has categories that are not a list of classes ({error}). Give an undamaged copy of the "
             f"file."
         ) from error
+    # A folder of transformers may have been trained on other classes since: it keeps unknown fields of config.json.
+    labels = weights.about.get("id2label")
+    named = labels is None or labels == {str(index): name for index, name in enumerate(taxonomy.names)}
+    return taxonomy if named else None
 
 
 def _is_like(value: object, default: object) -> bool:

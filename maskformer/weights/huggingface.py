@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from maskformer.config import LossConfig, ModelConfig
+from maskformer.taxonomy import Taxonomy
+from maskformer.weights.model_card import ModelDetails
 from maskformer.weights.names import Layout, Row
 
 _BACKBONE = "model.pixel_level_module.encoder"
@@ -116,8 +118,11 @@ _RESNETS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict[str, Any]:
+def model_json(config: ModelConfig, taxonomy: Taxonomy | None) -> dict[str, Any]:
     """Return the content of `config.json`.
+
+    transformers keeps the fields that it does not know: `label_ids_to_fuse`, the classes of stuff, has the name of an
+    argument of its panoptic post-processing, and `categories` is the taxonomy in COCO's form.
 
     Raises:
         ValueError: transformers cannot build such a model.
@@ -142,7 +147,9 @@ def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict
             f"transformers' pixel decoder normalizes 32 groups of channels, so hidden_dim must be a multiple of 32, "
             f"got {config.hidden_dim}. Write this model in the native format."
         )
-    names = class_names or tuple(f"LABEL_{index}" for index in range(config.num_classes))
+    names, stuff = tuple(f"LABEL_{index}" for index in range(config.num_classes)), list[int]()
+    if taxonomy is not None:
+        names, stuff = taxonomy.names, list(range(taxonomy.num_things, taxonomy.num_classes))
     return {
         "architectures": ["MaskFormerForInstanceSegmentation"],
         "model_type": "maskformer",
@@ -164,16 +171,18 @@ def model_json(config: ModelConfig, class_names: tuple[str, ...] | None) -> dict
         "mask_feature_size": config.hidden_dim,
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
+        "label_ids_to_fuse": stuff,
+        **({} if taxonomy is None else {"categories": taxonomy.to_coco()}),
         "dtype": "float32",
     }
 
 
-def processor_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of `preprocessor_config.json`: the preprocessing with which published models are evaluated."""
+def processor_json(config: ModelConfig, details: ModelDetails) -> dict[str, Any]:
+    """Return the content of `preprocessor_config.json`: the preprocessing with which the model is evaluated."""
     return {
         "image_processor_type": "MaskFormerImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": 800, "longest_edge": 1333},
+        "size": {"shortest_edge": details.short_side, "longest_edge": details.long_side},
         "size_divisor": 0,  # the default of 32 would change the aspect ratio
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -18,10 +18,15 @@ from maskformer.taxonomy import COCO, Taxonomy
 from maskformer.weights.description import describe
 from maskformer.weights.huggingface import HUGGINGFACE, constants, model_json, processor_json
 from maskformer.weights.mmdet import MMDET_2, MMDET_3
+from maskformer.weights.model_card import ModelDetails, model_card
 
 
 def save(
-    model: MaskFormer, path: str | Path, format: WeightFormat = "native", taxonomy: Taxonomy | None = None
+    model: MaskFormer,
+    path: str | Path,
+    format: WeightFormat = "native",
+    taxonomy: Taxonomy | None = None,
+    details: ModelDetails | None = None,
 ) -> None:
     """Write a model to `path`, which appears only when it is complete.
 
@@ -29,6 +34,8 @@ def save(
         format: the file format; `huggingface` writes a folder, the others a file.
         taxonomy: the classes, whose names are written too. None uses COCO's if the number of classes is equal, else no
             names.
+        details: for `huggingface`, the sizes and thresholds and what the model card says; those of the published
+            models if None.
 
     Raises:
         ValueError: the format is unknown or cannot represent the model, the taxonomy has another number of classes, or
@@ -61,13 +68,15 @@ def save(
             meta = {"CLASSES": names} if names else {}
             _save_torch({"meta": meta, "state_dict": MMDET_2.to_foreign(everything, encoder)}, part)
         else:
-            about = model_json(config, names)
+            details = details or ModelDetails()
+            about = model_json(config, taxonomy)
             tensors = {**HUGGINGFACE.to_foreign(everything, encoder), **constants(config)}
             part.mkdir()
             _save_safetensors(tensors, part / "model.safetensors", {"format": "pt"})
             (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-            processor = json.dumps(processor_json(config), indent=2) + "\n"
+            processor = json.dumps(processor_json(config, details), indent=2) + "\n"
             (part / "preprocessor_config.json").write_text(processor, "utf-8")
+            (part / "README.md").write_text(model_card(config, taxonomy, details), "utf-8")
         _put_in_place(part, path)
     finally:
         if part.is_dir():

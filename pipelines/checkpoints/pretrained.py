@@ -99,17 +99,19 @@ def open_model(uri: str, taxonomy: Taxonomy) -> SavedModel:
             f"data, starting with --weights {uri}."
         )
     logger.info("%s", report)
-    name = PurePosixPath(location.path)
-    # Results of a file go into a folder beside it, with the name of the file without its suffix.
-    folder = name if location.is_dir() else name.with_suffix("") if name.suffix else name.with_suffix(".results")
-    parent = str(location).rpartition("/")[0]
+    parent, folder = results_folder(location)
     return SavedModel(
         uri=str(location),
-        folder=f"{parent}/{folder.name}",
+        folder=f"{parent}/{folder}",
         step=0,
         weights=state,
-        config=TrainConfig(
-            recipe=report.format, model=model, run=RunConfig(name=folder.name.lstrip("."), storage=parent)
-        ),
+        config=TrainConfig(recipe=report.format, model=model, run=RunConfig(name=folder.lstrip("."), storage=parent)),
         taxonomy=taxonomy,
     )
+
+
+def results_folder(location: Location) -> tuple[str, str]:
+    """Return parent and name of the folder for results of a foreign checkpoint: beside a file, without its suffix."""
+    name = PurePosixPath(location.path)
+    folder = name if location.is_dir() else name.with_suffix("") if name.suffix else name.with_suffix(".results")
+    return str(location).rpartition("/")[0], folder.name

@@ -88,7 +88,8 @@ def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     weights.save(build_model(CONFIG), tmp_path / "names.pth", "mmdet", ANIMALS)
     (tmp_path / "bad.json").write_text("{}")
-    output = tmp_path / "output"
+    weights.save(build_model(CONFIG), tmp_path / "unnamed")
+    output, program = tmp_path / "output", tmp_path / "output.onnx"
     for message, *arguments in (
         ("There is nothing at", tmp_path / "nothing", output, "native"),
         ("is a web page", tmp_path / "page.pth", output, "native"),
@@ -100,6 +101,11 @@ def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
         ("has no categories (KeyError", native, output, "native", "--categories", tmp_path / "bad.json"),
         ("No such file or directory", native, output, "native", "--categories", tmp_path / "nothing.json"),
         ("File exists", native, tmp_path / "taken" / "output", "native"),
+        ("--size is for onnx and torch-export, got it with --to mmdet.", native, output, "mmdet", "--size", 64, 64),
+        ("ends in .onnx", native, output, "onnx"),
+        ("File exists", native, tmp_path / "taken" / "output.onnx", "onnx"),
+        ("at least 33 pixels", native, program, "onnx", "--size", 800, 20),
+        ("does not name its 2 classes", tmp_path / "unnamed", program, "onnx"),
     ):
         source, target, to, *more = arguments
         assert convert(monkeypatch, "--input", source, "--output", target, "--to", to, *more) == 2
@@ -108,7 +114,24 @@ def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
         assert error.startswith("error: ")
         assert error.count("\n") == 1
     assert not output.exists()
+    assert not list(tmp_path.glob("*output*"))
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_network_for_onnxruntime(monkeypatch, capsys, caplog, tmp_path: Path) -> None:
+    """Size and thresholds are those of the run."""
+    config = replace(DEMO, model=replace(DEMO.model, num_classes=2, num_heads=2, encoder_layers=0, decoder_layers=1))
+    place = locate(tmp_path / "step_00000001")
+    checkpoint.save(place, TrainingState(1, dict(build_model(config.model).state_dict()), {}), config, ANIMALS)
+    arguments = ["--input", place, "--output", tmp_path / "demo.onnx", "--to", "onnx", "--size", 64, 80]
+    assert convert(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "largest difference of a logit from PyTorch, on noise of 64x80 pixels: " in out
+    assert out.endswith(f"written to {tmp_path / 'demo.onnx'}\n")
+    assert not caplog.records
+    about = json.loads((tmp_path / "demo.onnx.json").read_text())
+    assert (about["short_side"], about["score_threshold"], about["width"]) == (56, 0.5, 80)
+    assert Taxonomy.from_coco(about["categories"]) == ANIMALS
 
 
 def test_no_ray_is_needed(native: Path, tmp_path: Path) -> None:
