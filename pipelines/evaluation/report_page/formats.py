@@ -52,7 +52,6 @@ def p_value(value: float) -> str:
 
 def causes(loss: Loss) -> str:
     """Return causes with their points, the largest first; those below 0.05 points are left out."""
-    found = sorted(
-        ((part, cause) for cause, part in loss.by_cause.items() if part >= 0.0005), key=lambda each: -each[0]
-    )
-    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(part)}" for part, cause in found)
+    found = [cause for cause, part in loss.by_cause.items() if part >= 0.0005]
+    found.sort(key=lambda cause: -loss.by_cause[cause])
+    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(loss.by_cause[cause])}" for cause in found)

@@ -206,7 +206,7 @@ def example(
     }
     pq, other_pq = result.pq, other_result.pq
     kinds: dict[Group, tuple[bool, ...]] = {"all": (True, False), "things": (True,), "stuff": (False,)}
-    lost = {
+    lost: dict[Group, LossBySize] = {
         name: _by_size(_average_loss([row.loss for row in classes if row.is_thing in kept]))
         for name, kept in kinds.items()
     }
@@ -335,11 +335,9 @@ def _unmatched(
 def _reconciled(quality: ClassQuality, missed: list[Cause], alarms: list[Cause]) -> Loss:
     if not quality.tp + quality.fp + quality.fn:
         return Loss()
-    return losses(
-        quality,
-        [*missed, *_MISSED * quality.fn][: quality.fn],
-        [*alarms, *_FALSE_ALARM * quality.fp][: quality.fp],
-    )
+    known: list[Cause] = [*missed, *_MISSED * quality.fn]
+    found: list[Cause] = [*alarms, *_FALSE_ALARM * quality.fp]
+    return losses(quality, known[: quality.fn], found[: quality.fp])
 
 
 def _average_loss(parts: Sequence[Loss]) -> Loss:
