@@ -9,10 +9,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from maskformer.segment_matching import Matching, PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
+
+ImageId = TypeVar("ImageId", bound=int | str)
 
 
 class ClassQuality(NamedTuple):
@@ -151,6 +153,11 @@ def panoptic_result(images: Collection[Mapping[int, ClassQuality]], taxonomy: Ta
     )
 
 
+def image_order(image_id: int | str) -> tuple[bool, int | str]:
+    """Return a key by which any image ids can be sorted, numbers before names."""
+    return isinstance(image_id, str), image_id
+
+
 def _average(qualities: Iterable[ClassQuality]) -> AverageQuality:
     counted = [quality for quality in qualities if quality.tp + quality.fp + quality.fn > 0]
     if not counted:
@@ -171,8 +178,8 @@ def count_segments(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassQua
     matched: defaultdict[int, list[float]] = defaultdict(list)
     for class_index, iou in zip(classes, matching.iou[rows, columns].tolist(), strict=True):
         matched[class_index].append(iou)
-    missed = Counter(matching.true.classes[matching.missed].tolist())
-    false = Counter(matching.predicted.classes[matching.false].tolist())
+    missed: Counter[int] = Counter(matching.true.classes[matching.missed].tolist())
+    false: Counter[int] = Counter(matching.predicted.classes[matching.false].tolist())
     return {
         category_id: ClassQuality(
             category_id,

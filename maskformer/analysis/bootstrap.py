@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from maskformer.panoptic_quality import ClassQuality
+from maskformer.panoptic_quality import ClassQuality, ImageId, image_order
 from maskformer.taxonomy import Taxonomy
 
 Counts: TypeAlias = Mapping[int, ClassQuality]
@@ -52,7 +52,7 @@ class Difference(NamedTuple):
 
 
 def pq_intervals(
-    images: Mapping[int | str, Counts],
+    images: Mapping[ImageId, Counts],
     taxonomy: Taxonomy,
     *,
     confidence: float = 0.95,
@@ -89,8 +89,8 @@ def pq_intervals(
 
 
 def pq_difference(
-    first: Mapping[int | str, Counts],
-    second: Mapping[int | str, Counts],
+    first: Mapping[ImageId, Counts],
+    second: Mapping[ImageId, Counts],
     taxonomy: Taxonomy,
     *,
     confidence: float = 0.95,
@@ -113,8 +113,8 @@ def pq_difference(
     if different:
         raise ValueError(
             f"A paired difference needs the same images on both sides, got {len(first)} and {len(second)}, of which "
-            f"{len(different)} are on one side only, for example {min(different, key=_order)!r}; score both on the "
-            f"same data."
+            f"{len(different)} are on one side only, for example {min(different, key=image_order)!r}; score both on "
+            f"the same data."
         )
     sides = [_quantities(images, taxonomy) for images in (first, second)]
     values = [_pq_of_all(*side, _ALL) for side in sides]
@@ -158,17 +158,13 @@ def _check(confidence: float, draws: int) -> None:
         raise ValueError(f"A bootstrap needs at least 1 draw, got {draws}; 10000 are usual.")
 
 
-def _order(image_id: int | str) -> tuple[bool, int | str]:
-    return isinstance(image_id, str), image_id
-
-
 def _quantities(
-    images: Mapping[int | str, Counts], taxonomy: Taxonomy
+    images: Mapping[ImageId, Counts], taxonomy: Taxonomy
 ) -> tuple[Float64[np.ndarray, "I K"], Float64[np.ndarray, "I K"]]:
     """Return the sum of IoU and the denominator of PQ by image, in ascending order of their ids, and class."""
     iou = np.zeros((len(images), taxonomy.num_classes))
     weight = np.zeros_like(iou)
-    for row, image_id in enumerate(sorted(images, key=_order)):
+    for row, image_id in enumerate(sorted(images, key=image_order)):
         for category_id, quality in images[image_id].items():
             column = taxonomy.class_index(category_id)
             iou[row, column] = quality.iou

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import UInt8
 
-from maskformer.analysis.lost_quality import CAUSES, segment_causes
+from maskformer.analysis.lost_quality import CAUSES, Cause, segment_causes
 from maskformer.draw import outlines
 from maskformer.segment_matching import Matching, PanopticMap, match_segments
 from maskformer.taxonomy import Taxonomy
@@ -22,7 +22,7 @@ def error_map(
     prediction: PanopticMap,
     truth: PanopticMap,
     taxonomy: Taxonomy,
-    colors: Mapping[str, tuple[int, int, int]],
+    colors: Mapping[Cause, tuple[int, int, int]],
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Return the image, grey and pale, with the pixels that are wrong in the color of their cause.
 

@@ -123,9 +123,10 @@ def count_pixels(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassPixel
 
 
 def _scored(matching: Matching) -> tuple[ScoredSegment, ...]:
-    correct = set(matching.matches[1].tolist())
+    correct: set[int] = set(matching.matches[1].tolist())
     found: list[ScoredSegment] = []
-    for column in sorted({*correct, *matching.false.tolist()}):
+    counted: list[int] = sorted({*correct, *matching.false.tolist()})
+    for column in counted:
         info = matching.predicted.infos[column]
         score = info.get("score")
         if score is None:

@@ -10,6 +10,7 @@ Letters: T segments of the ground truth, P of the prediction, C causes, Z sizes.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,7 +19,9 @@ from maskformer.panoptic_quality import ClassQuality
 from maskformer.segment_matching import Matching, comparable_pairs
 from maskformer.taxonomy import Taxonomy
 
-CAUSES = ("missed", "wrong_class", "split", "merged", "boundary", "false_alarm")
+Cause: TypeAlias = Literal["missed", "wrong_class", "split", "merged", "boundary", "false_alarm"]
+
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 """Why quality is lost. The cause of an unmatched segment is the first of these that is true:
 
 1. `wrong_class`: its IoU with a segment of another class is above one half.
@@ -92,9 +95,9 @@ def segment_causes(matching: Matching) -> tuple[Int[np.ndarray, " T"], Int[np.nd
     together = covers & (covers.sum(axis=0) >= 2)
     near = same_class & (matching.iou >= _NEAR)
 
-    def first(axis: int, otherwise: str) -> Int[np.ndarray, " S"]:
+    def first(axis: int, otherwise: Cause) -> Int[np.ndarray, " S"]:
         """Return the first cause that is true of each row or column."""
-        ordered: Iterable[tuple[str, Bool[np.ndarray, "T P"]]] = (
+        ordered: Iterable[tuple[Cause, Bool[np.ndarray, "T P"]]] = (
             ("wrong_class", wrong), ("split", parts), ("merged", together), ("boundary", near),
         )  # fmt: skip
         causes = np.full(wrong.shape[1 - axis], CAUSES.index(otherwise))

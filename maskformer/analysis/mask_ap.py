@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from maskformer.panoptic_quality import ImageId, image_order
 from maskformer.segment_matching import read_segments, rows_of
 from maskformer.taxonomy import Taxonomy
 
@@ -88,9 +89,9 @@ def encode_things(
 
 
 def mask_ap(
-    predicted: Mapping[int | str, Sequence[Mapping[str, Any]]],
-    true: Mapping[int | str, Sequence[Mapping[str, Any]]],
-    sizes: Mapping[int | str, tuple[int, int]],
+    predicted: Mapping[ImageId, Sequence[Mapping[str, Any]]],
+    true: Mapping[ImageId, Sequence[Mapping[str, Any]]],
+    sizes: Mapping[ImageId, tuple[int, int]],
     taxonomy: Taxonomy,
 ) -> MaskAP:
     """Return the average precisions of predicted things, as `COCOeval` computes them.
@@ -114,11 +115,11 @@ def mask_ap(
         if different:
             raise ValueError(
                 f"Mask AP needs {name} of exactly the images of the ground truth, got {len(other)} for {len(true)}, of "
-                f"which {len(different)} are on one side only, for example {min(different, key=_order)!r}; give an "
-                f"empty list for an image without things."
+                f"which {len(different)} are on one side only, for example {min(different, key=image_order)!r}; give "
+                f"an empty list for an image without things."
             )
     things = [category for category in taxonomy.categories if category.isthing]
-    image_ids = sorted(true, key=_order)
+    image_ids = sorted(true, key=image_order)
     # Numbers from 1 on: COCOeval takes an id of 0 for no match, and text for a number.
     images = [
         {"id": number, "height": sizes[image_id][0], "width": sizes[image_id][1]}
@@ -148,14 +149,10 @@ def mask_ap(
     )
 
 
-def _order(image_id: int | str) -> tuple[bool, int | str]:
-    return isinstance(image_id, str), image_id
-
-
 def _annotations(
-    side: Mapping[int | str, Sequence[Mapping[str, Any]]],
-    image_ids: Iterable[int | str],
-    sizes: Mapping[int | str, tuple[int, int]],
+    side: Mapping[ImageId, Sequence[Mapping[str, Any]]],
+    image_ids: Iterable[ImageId],
+    sizes: Mapping[ImageId, tuple[int, int]],
     thing_ids: set[int],
     defaults: Mapping[str, Any],
 ) -> list[dict[str, Any]]:

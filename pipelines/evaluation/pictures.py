@@ -13,6 +13,7 @@ import ray.data
 from PIL import Image
 
 from maskformer.analysis.error_map import error_map
+from maskformer.analysis.lost_quality import Cause
 from maskformer.draw import overlay
 from pipelines.data.execution import mapped, outputs
 from pipelines.data.manifest import PackedSet
@@ -46,7 +47,7 @@ def draw_pictures(
     evaluation: EvaluationResult,
     other: EvaluationResult | None,
     image_ids: Sequence[int],
-    colors: Mapping[str, tuple[int, int, int]],
+    colors: Mapping[Cause, tuple[int, int, int]],
     cpus: float,
 ) -> Iterator[Pictures]:
     """Yield the pictures of these images in any order, drawn in Ray Data tasks.
@@ -81,7 +82,7 @@ class _Draw:
     samples: PackedSet
     png_folder: str
     other_folder: str
-    colors: dict[str, tuple[int, int, int]]
+    colors: dict[Cause, tuple[int, int, int]]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = [

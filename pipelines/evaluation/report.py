@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from maskformer.analysis.bootstrap import Difference, pq_difference
-from maskformer.analysis.lost_quality import CAUSES, SIZES, lost_quality
+from maskformer.analysis.lost_quality import CAUSES, SIZES, Cause, lost_quality
 from maskformer.analysis.lrp import class_lrp
 from maskformer.analysis.summary import Analysis
 from maskformer.panoptic_quality import panoptic_result
@@ -98,7 +98,7 @@ def _entry(evaluation: EvaluationResult, image: ScoredImage, row_of: Mapping[str
     for category_id, quality in sorted(analysis.quality.items()):
         name = taxonomy.names[taxonomy.class_index(category_id)]
         loss = lost.per_class[name].sum(axis=1)
-        causes = tuple(cause for cause, part in zip(CAUSES, loss.tolist(), strict=True) if part > 0)
+        causes: tuple[Cause, ...] = tuple(cause for cause, part in zip(CAUSES, loss.tolist(), strict=True) if part > 0)
         classes.append(content.ClassOfImage(class_index=row_of[name], pq=quality.pq, causes=causes))
     return content.ImageEntry(
         image_id=image.image_id,

@@ -3,12 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
-Cause: TypeAlias = Literal["missed", "wrong_class", "split", "merged", "boundary", "false_alarm"]
-"""Why PQ is lost."""
-
-CAUSES: tuple[Cause, ...] = get_args(Cause)
+from maskformer.analysis.lost_quality import CAUSES, Cause
 
 CAUSE_COLORS: dict[Cause, tuple[int, int, int]] = {
     "missed": (45, 100, 189),

@@ -52,6 +52,6 @@ def p_value(value: float) -> str:
 
 def causes(loss: Loss) -> str:
     """Return causes with their points, the largest first; those below 0.05 points are left out."""
-    found = [cause for cause, part in loss.by_cause.items() if part >= 0.0005]
+    found: list[Cause] = [cause for cause, part in loss.by_cause.items() if part >= 0.0005]
     found.sort(key=lambda cause: -loss.by_cause[cause])
     return ", ".join(f"{CAUSE_NAMES[cause]} {percent(loss.by_cause[cause])}" for cause in found)

@@ -3,11 +3,11 @@
 import numpy as np
 
 from maskformer.analysis.error_map import error_map
-from maskformer.analysis.lost_quality import CAUSES
+from maskformer.analysis.lost_quality import CAUSES, Cause
 from maskformer.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.from_coco([{"id": k + 1, "name": f"class {k}", "isthing": int(k < 2)} for k in range(3)])
-COLORS = {cause: (250, 10 * number, 0) for number, cause in enumerate(CAUSES)}
+COLORS: dict[Cause, tuple[int, int, int]] = {cause: (250, 10 * number, 0) for number, cause in enumerate(CAUSES)}
 
 
 def wrong(true: list[int], predicted: list[int], classes: dict[int, int], crowds: tuple[int, ...] = ()) -> list[str]:

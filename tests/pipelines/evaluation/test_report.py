@@ -79,8 +79,9 @@ def test_the_worst_and_the_best_images_with_their_pictures_and_numbers(
     interval = page.summary.all.pq.interval
     assert interval is not None
     assert interval.low < one.quality.pq < interval.high
-    for name, group in (("all", one.quality.all), ("things", one.quality.things), ("stuff", one.quality.stuff)):
-        assert page.lost[name].total.total == pytest.approx(1 - group.pq, abs=1e-9)
+    assert page.lost["all"].total.total == pytest.approx(1 - one.quality.pq, abs=1e-9)
+    assert page.lost["things"].total.total == pytest.approx(1 - one.quality.things.pq, abs=1e-9)
+    assert page.lost["stuff"].total.total == pytest.approx(1 - one.quality.stuff.pq, abs=1e-9)
     for row in page.classes:
         assert row.loss.total == pytest.approx(1 - row.pq, abs=1e-9)
     for image in page.images:
