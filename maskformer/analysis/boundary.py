@@ -1,4 +1,4 @@
-"""Boundary panoptic quality (Cheng et al., "Boundary IoU", arXiv:2103.16562, section 6).
+"""Boundary panoptic quality (Cheng et al., "Boundary IoU", arXiv:2103.16562).
 
 The boundary of a segment is its pixels within a distance of its contour; pixels at the border of the image belong to
 it. A pair of segments counts with the smaller of its mask IoU and the IoU of its boundaries, so that a large segment
@@ -24,7 +24,7 @@ from maskformer.panoptic_quality import (
 from maskformer.taxonomy import Taxonomy
 
 WIDTH_RATIO = 0.02
-"""Width of boundaries as a share of the image's diagonal, as in the paper's evaluation of COCO."""
+"""Width of boundaries as a share of the image's diagonal, as in the code of the paper's authors."""
 
 
 def boundary_quality(prediction: Segmentation, truth: Segmentation, taxonomy: Taxonomy) -> dict[int, ClassQuality]:
@@ -90,7 +90,7 @@ class _Overlap(NamedTuple):
     """Counts of pixels, of whole segments or of boundaries; void is row and column 0."""
 
     pairs: Int64[np.ndarray, "T P"]
-    """Pixels that a pair has in common. All void pixels count as void, and none is inside."""
+    """Pixels that a pair has in common. Of boundaries too, all void pixels of the ground truth count."""
     true: Int64[np.ndarray, " T"]
     predicted: Int64[np.ndarray, " P"]
 
