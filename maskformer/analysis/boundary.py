@@ -1,4 +1,4 @@
-"""Boundary panoptic quality (Cheng et al., "Boundary IoU", arXiv:2103.16562, section 6).
+"""Boundary panoptic quality (Cheng et al., "Boundary IoU", arXiv:2103.16562).
 
 The boundary of a segment is its pixels within a distance of its contour; pixels at the border of the image belong to
 it. A pair of segments counts with the smaller of its mask IoU and the IoU of its boundaries, so that a large segment
@@ -17,7 +17,7 @@ from maskformer.segment_matching import Matching, count_overlap, matching_pairs,
 from maskformer.taxonomy import Taxonomy
 
 WIDTH_RATIO = 0.02
-"""Width of boundaries as a share of the image's diagonal, as in the paper's evaluation of COCO."""
+"""Width of boundaries as a share of the image's diagonal, as in the code of the paper's authors."""
 
 
 def boundary_quality(matching: Matching, taxonomy: Taxonomy) -> dict[int, ClassQuality]:

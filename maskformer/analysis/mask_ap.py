@@ -33,10 +33,10 @@ class MaskAP:
     ap50: float
     ap75: float
     small: float
-    """Of objects below 32x32 pixels."""
+    """Of objects of at most 32x32 pixels."""
     medium: float
     large: float
-    """Of objects above 96x96 pixels."""
+    """Of objects of at least 96x96 pixels."""
     per_class: dict[str, float]
     """`ap` of every thing of the taxonomy, by name."""
 
@@ -99,7 +99,7 @@ def mask_ap(
     A detection of a crowd segment of its class is neither right nor wrong. A segment without a `score`, as in results
     of other programs, has score 1; with all scores equal, an average precision is little more than a precision. Of a
     class in an image, the 100 highest scores count. The result depends neither on the order of images nor on that of
-    their segments.
+    their segments. What other threads print to standard output meanwhile is lost, as pycocotools' own lines are.
 
     Args:
         predicted: things by image id, as `encode_things` returns them; an empty list for an image without any.
@@ -120,7 +120,7 @@ def mask_ap(
             )
     things = [category for category in taxonomy.categories if category.isthing]
     image_ids = sorted(true, key=image_order)
-    # Numbers from 1 on: COCOeval takes an id of 0 for no match, and text for a number.
+    # Images get numbers, because COCOeval turns a mixture of numbers and text into text.
     images = [
         {"id": number, "height": sizes[image_id][0], "width": sizes[image_id][1]}
         for number, image_id in enumerate(image_ids, start=1)
@@ -172,6 +172,7 @@ def _annotations(
                     f"A mask of image {image_id} has the size {tuple(instance['segmentation']['size'])} and the image "
                     f"{tuple(sizes[image_id])}; resize the prediction to the original image."
                 )
+            # An id of 0 would mean no match.
             annotations.append({**instance, "image_id": number, "id": len(annotations) + 1})
     return annotations
 
