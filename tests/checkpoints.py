@@ -12,12 +12,15 @@ from pipelines.storage import locate
 
 
 def untrained(config: TrainConfig, seed: int = 0) -> tuple[TrainConfig, MaskFormer]:
-    """Return a configuration with low thresholds, and a model whose masks are confident."""
+    """Return a configuration with low thresholds, and a model whose queries differ in class and in mask."""
     torch.manual_seed(seed)
-    config = replace(config, panoptic=PanopticConfig(score_threshold=0.0, overlap_threshold=0.25))
+    config = replace(config, panoptic=PanopticConfig(score_threshold=0.0, overlap_threshold=0.001))
     model = build_model(config.model)
     with torch.no_grad():
-        model.state_dict()["mask_head.4.weight"].mul_(10)
+        model.query_embedding.weight *= 10
+        model.class_head.weight *= 20
+        for parameter in model.mask_head.parameters():
+            parameter *= 3
     return config, model.eval()
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.config.publish import PublishTracking, ThresholdConfig
+from pipelines.config.publish import ThresholdConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,14 @@ class PredictScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictTracking:
+    """MLflow's registry."""
+
+    uri: str = ""
+    """MLflow tracking URI of a models:/ checkpoint. Default: $MLFLOW_TRACKING_URI."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """Which pictures to segment with which model, and what to write."""
 
@@ -52,7 +60,7 @@ class PredictConfig:
     write: WriteConfig = field(default_factory=WriteConfig)
     panoptic: ThresholdConfig = field(default_factory=ThresholdConfig)
     scaling: PredictScaling = field(default_factory=PredictScaling)
-    tracking: PublishTracking = field(default_factory=PublishTracking)
+    tracking: PredictTracking = field(default_factory=PredictTracking)
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -55,12 +55,12 @@ def _registered(uri: str, tracking_uri: str) -> weights.Weights:
         raise UserError(
             f"{uri} is in an MLflow registry. Set it by --tracking.uri or ${facts('tracking.uri').variable}."
         )
-    import mlflow  # takes seconds, and few need it
+    from mlflow.artifacts import download_artifacts  # takes seconds, and few need it
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder = mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=store)
+            folder = download_artifacts(uri, dst_path=scratch, tracking_uri=store)
             found = checkpoint.read(folder)
         except (MlflowException, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")

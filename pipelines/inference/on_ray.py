@@ -83,7 +83,7 @@ class _Model:
 
     def __init__(self, segmenter: Any, device: str) -> None:
         torch.set_num_threads(1)  # parallelism comes from the number of workers
-        found = ray.get(segmenter)
+        found: Any = ray.get(segmenter)
         found.model.to(device)
         self._segment = Segment(found)
 

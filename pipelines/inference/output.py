@@ -30,7 +30,8 @@ from pipelines.storage import Location
 _VERSION = 1
 _SECONDS, _LINES = 1.0, 1000
 """Records wait in memory for at most about this long, and at most so many."""
-_MERGED = "all.jsonl"
+_MERGED = "0-merged.jsonl"
+"""Before all others in the order of names, so that later records win."""
 
 
 class Output:

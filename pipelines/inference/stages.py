@@ -63,8 +63,9 @@ RECORD = pa.schema([*_COMMON, pa.field("segments", pa.string())])
 _PATIENCE = 900.0
 """Seconds to wait for a storage that does not answer."""
 
-_LEGIBLE, _LARGEST = 320, 8
-"""Pixels that the shorter side of an overlay should have, and by how much a picture is enlarged at most."""
+_LEGIBLE, _TIMES, _LARGEST = 320, 8, 16384
+"""Pixels that the shorter side of an overlay should have, by how much a picture is enlarged for it at most, and pixels
+that the longer side may have: a JPEG ends at 65,500."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,10 @@ def _encoded(pixels: npt.NDArray[np.uint8], kind: str, **options: int) -> bytes:
 
 
 def _legible(pixels: npt.NDArray[np.uint8], ids: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
-    """Enlarge a small picture and its ids by repeating pixels, so that names fit in."""
-    times = min(-(-_LEGIBLE // min(ids.shape)), _LARGEST)
+    """Enlarge a small picture and its ids by repeating pixels, so that names fit in; leave out pixels of a huge one."""
+    step = -(-max(ids.shape) // _LARGEST)
+    pixels, ids = pixels[::step, ::step], ids[::step, ::step]
+    times = min(-(-_LEGIBLE // min(ids.shape)), _TIMES, _LARGEST // max(ids.shape))
     if times == 1:
         return pixels, ids
     return pixels.repeat(times, axis=0).repeat(times, axis=1), ids.repeat(times, axis=0).repeat(times, axis=1)

@@ -39,11 +39,12 @@ def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArra
         UnreadableImageError: it is no video, or damaged.
     """
     import av  # an extra
+    from av.error import FFmpegError
 
     content: Any = io.BytesIO(locate(source).read_bytes()) if is_remote(source) else open(source, "rb")  # noqa: SIM115
     with content:
         try:
-            with av.open(content, options=_NO_PROTOCOLS) as container:
+            with av.open(content, "r", options=_NO_PROTOCOLS) as container:
                 if not container.streams.video:
                     raise UnreadableImageError(f"{name} has no pictures. Give a video.")
                 stream = container.streams.video[0]
@@ -51,8 +52,8 @@ def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArra
                     raise UnreadableImageError(f"{name} has {stream.width} x {stream.height} pixels. Make it smaller.")
                 for number, frame in zip(itertools.count(), container.decode(stream), strict=False):
                     if number % every == 0:
-                        yield number, _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-        except (av.FFmpegError, ValueError) as error:
+                        yield number, _upright(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), frame.rotation)
+        except (FFmpegError, ValueError) as error:
             if isinstance(error, UnreadableImageError):
                 raise
             raise UnreadableImageError(
@@ -63,13 +64,14 @@ def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArra
 def expected_frames(source: str, every: int) -> int:
     """Return about how many frames of a local video will be segmented; 1 if it does not say or is remote."""
     import av  # an extra
+    from av.error import FFmpegError
 
     if is_remote(source):
         return 1
     try:
-        with open(source, "rb") as file, av.open(file, options=_NO_PROTOCOLS) as container:
+        with open(source, "rb") as file, av.open(file, "r", options=_NO_PROTOCOLS) as container:
             return max(1, -(-container.streams.video[0].frames // every))
-    except (av.FFmpegError, OSError, ValueError, IndexError):
+    except (FFmpegError, OSError, ValueError, IndexError):
         return 1
 
 

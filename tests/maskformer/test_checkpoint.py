@@ -15,7 +15,7 @@ from PIL import Image
 
 import maskformer as mf
 from maskformer import Segmenter
-from maskformer.config import SWIN_T, ModelConfig
+from maskformer.config import SWIN_T, ModelConfig, WeightFormat
 from maskformer.taxonomy import COCO, Taxonomy
 from pipelines.checkpoints.state import BestCheckpoint, write_best
 from pipelines.config.train import TrainConfig
@@ -31,7 +31,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (40, 52, 3), np.uint8)
 def run(tiny: TrainConfig, tmp_path: Path) -> tuple[Path, Segmenter, Segmenter]:
     """Return a run with the checkpoints 5, the best one, and 10, and what they should become."""
     folder = tmp_path / "run"
-    older, newer = saved(tiny, TAXONOMY, folder, 5, seed=1), saved(tiny, TAXONOMY, folder, 10, seed=2)
+    older, newer = saved(tiny, TAXONOMY, folder, 5, seed=0), saved(tiny, TAXONOMY, folder, 10, seed=2)
     write_best(locate(folder), BestCheckpoint(5, 0.5))
     return folder, older, newer
 
@@ -95,8 +95,8 @@ SMALL_SWIN = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("kind", ["mmdet", "mmdet2", "huggingface", "native"])
-def test_files_of_other_programs_have_the_classes_of_coco(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mmdet", "huggingface"])
+def test_files_of_other_programs_have_the_classes_of_coco(kind: WeightFormat, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = mf.build_model(SMALL_SWIN).eval()
     mf.weights.save(model, tmp_path / "model.x", kind)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "\x1b" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
 def test_damaged_bytes_are_never_another_error() -> None:
     rng = np.random.default_rng(0)
     for kind, _ in itertools.product(("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"), range(40)):
@@ -127,8 +129,9 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     with pytest.raises(UnreadableImageError, match=r"x\.png has 12 x 20 pixels, more than 100"):
         read_image(content, name="x.png", max_pixels=100)
     size = (60_000).to_bytes(4, "big")
-    declared = content[:16] + size + size + content[24:]
-    with pytest.raises(UnreadableImageError, match=r"too many pixels|cannot be decoded"):
+    header = content[12:16] + size + size + content[24:29]
+    declared = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    with pytest.raises(UnreadableImageError, match="declares too many pixels"):  # by Pillow's own limit
         read_image(declared, max_pixels=10**10)
 
 

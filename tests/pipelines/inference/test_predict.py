@@ -110,10 +110,10 @@ def test_a_few_pictures(run: Callable[..., PredictResult], model: Segmenter, tmp
 def test_only_what_is_asked_for_is_written(run: Callable[..., PredictResult], tmp_path: Path) -> None:
     fill(tmp_path / "in", 1)
     run("in", output="pngs", write=WriteConfig(overlays=False, json=False))
-    assert set(files(tmp_path / "pngs")) == {"panoptic/00.png.png", "settings.json", "records/all.jsonl"}
+    assert set(files(tmp_path / "pngs")) == {"panoptic/00.png.png", "settings.json", "records/0-merged.jsonl"}
     run("in", output="overlays", write=WriteConfig(pngs=False))
     assert set(files(tmp_path / "overlays")) == {
-        "overlays/00.png.jpg", "predictions.json", "settings.json", "records/all.jsonl"
+        "overlays/00.png.jpg", "predictions.json", "settings.json", "records/0-merged.jsonl"
     }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_on_ray_every_file_is_the_same(
     expected, found = files(tmp_path / "here"), locate(bucket) / "out"
     assert set(found.sizes()) == set(expected)
     for name, content in expected.items():
-        if name not in ("failed.json", "records/all.jsonl"):  # which name the sources
+        if name not in ("failed.json", "records/0-merged.jsonl"):  # which name the sources
             assert (found / name).read_bytes() == content, name
     again = run(f"{bucket}/in", output=f"{bucket}/out")
     assert (again.done, again.before, len(again.failed)) == (0, 11, 1)
