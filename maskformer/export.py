@@ -158,7 +158,7 @@ def _require_possible(config: ModelConfig, path: Path, format: ExportFormat, siz
     if size is None and config.backbone.startswith("swin"):
         raise ValueError(
             f"A network with {config.backbone} can be exported for one size only, and none was given. Give the height "
-            f"and width of the resized images, for example 800 and 1216."
+            f"and width of the resized images: size=(800, 1216), or --size 800 1216."
         )
     if size is not None and min(size) < SMALLEST_SIDE:
         raise ValueError(

@@ -43,8 +43,9 @@ def class_names(weights: Weights) -> tuple[str, ...] | None:
 
 
 def stated_taxonomy(weights: Weights) -> Taxonomy | None:
-    """Return the taxonomy of a file if it is known: that of a native file or of a folder for transformers written here,
-    or COCO if the class names are COCO's.
+    """Return the taxonomy of a file if it is known: the one it states, or COCO if the class names are COCO's.
+
+    Native files state one, and folders for transformers that were written here.
 
     Raises:
         ValueError: as for `class_names`.
