@@ -2,7 +2,7 @@
 
 import math
 
-from pipelines.evaluation.report_page.content import Cause, Interval, Loss
+from pipelines.evaluation.report_page.content import CAUSES, Cause, Interval, Loss
 
 NONE = "–"
 
@@ -52,6 +52,6 @@ def p_value(value: float) -> str:
 
 def causes(loss: Loss) -> str:
     """Return causes with their points, the largest first; those below 0.05 points are left out."""
-    found: list[Cause] = [cause for cause, part in loss.by_cause.items() if part >= 0.0005]
-    found.sort(key=lambda cause: -loss.by_cause[cause])
-    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(loss.by_cause[cause])}" for cause in found)
+    parts = loss.by_cause
+    ranked = sorted(CAUSES, key=lambda cause: -parts[cause])
+    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(parts[cause])}" for cause in ranked if parts[cause] >= 0.0005)
