@@ -113,6 +113,7 @@ def score_images(
         compute=ActorPoolStrategy(size=predictors),
         num_cpus=cpus,
         num_gpus=1 if device == "cuda" else 0,
+        max_restarts=-1,  # Ray's default; stated, it keeps Ray from reading in the actors (operator fusion)
     )
     results = logits.map_batches(
         _Fuse(saved.config.panoptic, saved.taxonomy, png_folder),
