@@ -41,7 +41,9 @@ def slow_pq(images: Sequence[Counts], times: Sequence[int], category_ids: Sequen
     """Average the PQ of every class of some images, each counted so many times; nan without a class."""
     classes: list[float] = []
     for category_id in category_ids:
-        taken = [images[n][category_id] for n, time in enumerate(times) for _ in range(time) if category_id in images[n]]
+        taken = [
+            images[n][category_id] for n, time in enumerate(times) for _ in range(time) if category_id in images[n]
+        ]
         if taken:
             tp, fp, fn = (sum(getattr(quality, name) for quality in taken) for name in ("tp", "fp", "fn"))
             classes.append(ClassQuality(category_id, sum(quality.iou for quality in taken), tp, fp, fn).pq)
