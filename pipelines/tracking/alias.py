@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from mlflow.tracking import MlflowClient
-from mlflow.tracking.context.registry import resolve_tags
+from mlflow.tracking.context.default_context import DefaultRunContext
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
 from pipelines.data.findings import escaped
@@ -43,7 +43,7 @@ def require_alias_name(alias: str) -> None:
 
 def current_user() -> str:
     """Return the name that MLflow records as the user of a run."""
-    return resolve_tags().get(MLFLOW_USER, "unknown")
+    return DefaultRunContext().tags().get(MLFLOW_USER, "unknown")
 
 
 def version_of(client: MlflowClient, name: str, alias: str) -> str:

@@ -19,7 +19,7 @@ from pipelines.tracking import history, quality
 from pipelines.tracking.alias import locked, require_alias_name, version_of
 from pipelines.tracking.evaluations import FOLDER, Evaluation, evaluations_of
 from pipelines.tracking.quality import Quality
-from pipelines.tracking.server import connect, current, explained, one_line
+from pipelines.tracking.server import connect, explained, one_line
 
 _ABSENT = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
 
@@ -58,10 +58,9 @@ def promote(uri: str, config: PromoteConfig) -> Decision:
     require_alias_name(config.alias)
     client = connect(uri)
     try:
-        with current(uri):
-            while (decision := _promote_once(client, config)) is None:
-                pass
-            return decision
+        while (decision := _promote_once(client, config)) is None:
+            pass
+        return decision
     except MlflowException as error:
         raise explained(uri, error) from error
 

@@ -89,8 +89,8 @@ def record(client: MlflowClient, name: str, alias: str, new: Entry) -> None:
     entries = [new, *read(client, name, alias)][:MOST]
     while len(text := json.dumps([_known(old) for old in entries])) > _LONGEST and len(entries) > 1:
         entries.pop()
-    for key, value in _known(new).items():
-        client.set_model_version_tag(name, new.version, f"{alias}.{key}", str(value))
+    for key, value in _facts(new).items():
+        client.set_model_version_tag(name, new.version, f"{alias}.{key}", value)
     client.set_registered_model_tag(name, _tag(alias), text)
 
 
@@ -102,6 +102,19 @@ def before(entries: list[Entry], version: str) -> str:
 
 def _tag(alias: str) -> str:
     return f"history.{alias}"
+
+
+def _facts(new: Entry) -> dict[str, str]:
+    """Return who, when, why and on which numbers, for people."""
+    facts = {"by": new.by, "at": f"{new.at} UTC", "why": f"{new.action}: {new.reason}"}
+    if new.pq is not None:
+        facts |= {"pq": f"{100 * new.pq:.2f} % on {new.data}"}
+    if new.difference is not None and new.low is not None and new.high is not None and new.confidence is not None:
+        facts["difference"] = (
+            f"{100 * new.difference:+.2f} points, {100 * new.confidence:g} % interval {100 * new.low:+.2f} to "
+            f"{100 * new.high:+.2f}, to version {new.previous}"
+        )
+    return facts
 
 
 def _known(values: Entry) -> dict[str, Any]:

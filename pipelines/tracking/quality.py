@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from maskformer.panoptic_quality import ClassQuality
 from maskformer.taxonomy import Taxonomy
@@ -49,7 +50,7 @@ class Quality:
             raise ValueError(f"it does not hold the counts of an evaluation ({error})") from error
 
 
-def _counts(values: Mapping[str, list[float]]) -> dict[int, ClassQuality]:
+def _counts(values: Mapping[str, list[Any]]) -> dict[int, ClassQuality]:
     counts = {int(id): ClassQuality(int(id), float(iou), tp, fp, fn) for id, (iou, tp, fp, fn) in values.items()}
     for quality in counts.values():
         whole = all(type(count) is int and count >= 0 for count in (quality.tp, quality.fp, quality.fn))

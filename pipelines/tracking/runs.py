@@ -1,6 +1,7 @@
 """MLflow runs: one for each training run, written by the driver and identified by the training run's folder."""
 
 import contextlib
+import functools
 import json
 import logging
 import tempfile
@@ -253,13 +254,19 @@ def _keep(what: str, error: Exception, folder: Location, write: Callable[[Unsent
 def _create(
     client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], config: dict[str, Any], parent: str
 ) -> str:
-    about = {**resolve_tags(), **tags, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    about = {**_context(), **tags, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=about).info.run_id
     params = [Param(key, str(value)) for key, value in flatten(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
     client.log_dict(run_id, config, "config.json")
     return run_id
+
+
+@functools.cache
+def _context() -> dict[str, str]:
+    """Return MLflow's tags of this process: user, source, git commit. It calls git, which takes a while."""
+    return resolve_tags()
 
 
 def _find(client: MlflowClient, experiment_id: str, folder: str) -> str | None:
