@@ -273,7 +273,12 @@ def serving(uri: str, model: str, folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it starts uvicorn by its name
+    }
     with (folder / "log").open("w") as log:
         process = psutil.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)], cwd=folder, env=environment, stdout=log, stderr=log
@@ -286,10 +291,11 @@ def serving(uri: str, model: str, folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        processes = [*process.children(recursive=True), process]
-        for member in processes:
-            member.kill()
-        psutil.wait_procs(processes, timeout=30)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            processes = [*process.children(recursive=True), process]
+            for member in processes:
+                member.kill()
+            psutil.wait_procs(processes, timeout=30)
 
 
 def answers(url: str) -> bool:
