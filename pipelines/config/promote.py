@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipelines.config.publish import PublishTracking
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,14 @@ class PromoteConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}.")
+            raise UserError(f"--confidence must lie between 0 and 1, got {self.confidence}.")
         if self.rollback == (self.version is not None):
-            raise ValueError("Give either --version, the version to promote, or --rollback.")
+            raise UserError("Give either --version, the version to promote, or --rollback.")
         if self.version is not None and self.version < 1:
-            raise ValueError(f"version must be at least 1, got {self.version}.")
+            raise UserError(f"--version must be at least 1, got {self.version}.")
         if self.force and self.rollback:
-            raise ValueError("--rollback compares nothing, so it needs no --force.")
+            raise UserError("--rollback compares nothing, so it needs no --force.")
         if self.force and not self.reason.strip():
-            raise ValueError("--force needs a --reason, which is kept in the tags of the version.")
-        if len(self.reason) > 300 or not (self.reason.isprintable()):
-            raise ValueError("reason must be at most 300 characters in one line.")
+            raise UserError("--force needs a --reason, which is kept in the tags of the version.")
+        if len(self.reason) > 300 or not self.reason.isprintable():
+            raise UserError("--reason must be at most 300 characters in one line.")

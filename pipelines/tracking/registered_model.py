@@ -4,6 +4,7 @@ It needs the package `maskformer`, which is stored beside it, but neither Ray no
 nothing.
 """
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -79,8 +80,10 @@ def _read_model(values: dict[str, Any], weights: str) -> MaskFormer:
 
 
 def _read_image(content: bytes, row: int) -> np.ndarray:
-    """Return the RGB pixels of an image file."""
+    """Return the RGB pixels of an image file, or of one in base64."""
     try:
+        if content[:64].isascii():  # MLflow's server decodes base64 in the dataframe formats, but not in `inputs`
+            content = base64.b64decode(content)
         return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
     except (OSError, ValueError, TypeError) as error:
         raise MlflowException.invalid_parameter_value(f"The image of row {row} cannot be read: {error}") from error

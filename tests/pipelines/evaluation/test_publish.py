@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,9 @@ def trained(tiny: TrainConfig, packs: dict[str, str], tmp_path: Path, monkeypatc
 class FakeEvaluation:
     """Stands for evaluate(): the ground truth of every image, disturbed, without Ray and without the model."""
 
-    files: dict[str, bytes] = {}
-    error: BaseException | None = None
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.error: BaseException | None = None
 
     def __call__(self, saved: SavedModel, samples: PackedSet, *, output: str, **_: object) -> EvaluationResult:
         if self.error is not None:
@@ -109,13 +110,11 @@ def pair(taxonomy: Taxonomy, good: bool) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEvaluation]:
-    from contextlib import nullcontext
-
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
     evaluation = FakeEvaluation()
     monkeypatch.setattr(publishing, "evaluate", evaluation)
     monkeypatch.setattr(publishing, "session", nullcontext)
-    yield evaluation
+    return evaluation
 
 
 def run_of(published: Published) -> Run:
