@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,12 +71,25 @@ def save(tiny: TrainConfig, packs: dict[str, str], storage: Path, uri: str) -> N
     checkpoint.save(step_folder(locate(storage / "run"), STEP), state, config, open_pack(packs["val"]).taxonomy)
 
 
-@pytest.fixture
-def trained(tiny: TrainConfig, packs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database without runs: MLflow takes seconds to make one, and a copy takes none."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+
+
+@pytest.fixture
+def trained(tiny: TrainConfig, packs: dict[str, str], tmp_path: Path) -> Trained:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     save(tiny, packs, tmp_path, uri)
-    training = TrackedRun.open(uri, "maskformer", "run", str(tmp_path / "run"), {"recipe": "demo"})
+    training = TrackedRun.open(uri, tiny.tracking.experiment, "run", str(tmp_path / "run"), {"recipe": "demo"})
     training.close("FINISHED", {})
     return Trained(tmp_path, training)
 
@@ -208,12 +222,13 @@ def test_a_checkpoint_does_not_choose_where_credentials_go(
     packs: dict[str, str],
     fake: FakeEvaluation,
     tmp_path: Path,
+    empty_database: Path,
     planted: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path / "given.db")
     planted = planted.replace("/{tmp}", str(tmp_path))
     save(tiny, packs, tmp_path, planted)
     trained = Trained(tmp_path, TrackedRun("", ""))
@@ -235,13 +250,12 @@ def test_a_checkpoint_does_not_choose_where_credentials_go(
 
 
 def test_the_database_above_a_trial_of_a_sweep_is_used(
-    tiny: TrainConfig, packs: dict[str, str], fake: FakeEvaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TrainConfig, packs: dict[str, str], fake: FakeEvaluation, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     storage = tmp_path / "sweep" / "trials"
     save(tiny, packs, storage, uri)
-    trial = TrackedRun.open(uri, "maskformer", "run", str(storage / "run"), {})
+    trial = TrackedRun.open(uri, tiny.tracking.experiment, "run", str(storage / "run"), {})
     published = publish(Trained(storage, trial).config(packs["val"]))
     assert published.mlflow_run.uri == uri
     assert run_of(published).data.tags[MLFLOW_PARENT_RUN_ID] == trial.run_id
