@@ -38,7 +38,9 @@ def main() -> None:
     print(published.mlflow_run)
     if published.model_version:
         name, alias = flags.publish.register, flags.publish.alias
-        print(f"registered as models:/{name}@{alias}, version {published.model_version}")
+        print(f"registered as models:/{name}/{published.model_version}")
+        newer = published.alias_version != published.model_version
+        print(f"models:/{name}@{alias} {'stays at the newer' if newer else 'is'} version {published.alias_version}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class PublishTracking:
     """Logging to MLflow."""
 
     uri: str = ""
-    """MLflow tracking URI. Default: that of the training run."""
+    """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the folder of the runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,3 +70,18 @@ def tracking_uri(uri: str, storage: str) -> str:
             f"Set one by --tracking.uri http://host:5000 or $MLFLOW_TRACKING_URI."
         )
     return f"{SQLITE}{absolute(storage)}/mlflow.db"
+
+
+def registry_uri(uri: str) -> str:
+    """Return the MLflow tracking URI of a job that has no run; the storage is that of the environment.
+
+    Raises:
+        UserError: none of them is set.
+    """
+    storage = or_environment("run.storage", "")
+    if not or_environment("tracking.uri", uri) and not storage:
+        raise UserError(
+            f"No MLflow server or database is set. Give --tracking.uri http://host:5000 or sqlite:///runs/mlflow.db, "
+            f"or set $MLFLOW_TRACKING_URI or ${facts('run.storage').variable}."
+        )
+    return tracking_uri(uri, storage)

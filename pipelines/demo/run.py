@@ -12,7 +12,7 @@ from maskformer import build_model
 from maskformer.panoptic_quality import PanopticResult
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
-from pipelines.config.publish import PublishConfig
+from pipelines.config.publish import PublishConfig, PublishTracking
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_image, decode_panoptic
@@ -69,7 +69,13 @@ def run_demo(config: TrainConfig) -> DemoReport:
         if training.status == "finished":
             logger.info("Evaluating the last checkpoint on %d held-out images.", len(val))
             published = publish(
-                PublishConfig(checkpoint=training.checkpoint, data=val.uri, register=MODEL_NAME, alias=ALIAS)
+                PublishConfig(
+                    checkpoint=training.checkpoint,
+                    data=val.uri,
+                    register=MODEL_NAME,
+                    alias=ALIAS,
+                    tracking=PublishTracking(uri=run.config.tracking.uri),
+                )
             )
     return DemoReport(training, untrained.quality, baseline, published)
 

@@ -1,18 +1,39 @@
 """Evaluate a checkpoint, log the result to MLflow, and register the model."""
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from maskformer import PanopticConfig
+from maskformer.analysis.bootstrap import pq_intervals
+from maskformer.panoptic_quality import ClassQuality
 from pipelines.checkpoints.pretrained import open_model
+from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
-from pipelines.config.publish import PublishConfig
-from pipelines.config.resolve import tracking_uri
+from pipelines.config.publish import PublishConfig, ThresholdConfig
+from pipelines.config.resolve import SQLITE, or_environment, tracking_uri
 from pipelines.config.serialize import to_dict
+from pipelines.data.findings import escaped
 from pipelines.data.manifest import open_pack
+from pipelines.errors import RunFailedError, UserError
 from pipelines.evaluation.evaluate import EvaluationResult, evaluate
 from pipelines.storage import locate
-from pipelines.tracking import registry
-from pipelines.tracking.runs import TrackedRun, require_reachable
+from pipelines.tracking import evaluations, quality, registry
+from pipelines.tracking.evaluations import EvaluatedData
+from pipelines.tracking.logged_model import logged_model
+from pipelines.tracking.model_card import model_card
+from pipelines.tracking.quality import Quality
+from pipelines.tracking.registry import Registered
+from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.server import connect, current, explained, one_line, require_reachable, without_password
+
+logger = logging.getLogger(__name__)
+
+_FILES = ("metrics.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -21,55 +42,174 @@ class Published:
 
     evaluation: EvaluationResult
     mlflow_run: TrackedRun
+    """The run of the evaluation."""
     model_version: str
     """Empty if the model was not registered."""
+    alias_version: str = ""
+    """The version that the alias names: this one or, if there is one, a newer one."""
 
 
 def publish(config: PublishConfig) -> Published:
-    """Evaluate a checkpoint, log the metrics to the MLflow run of its training, and register it if asked to.
+    """Evaluate a checkpoint, log the result to an MLflow run of the evaluation, and register the model if asked to.
+
+    Each evaluation is a new MLflow run, listed under that of the training if this MLflow has it. If MLflow does not
+    accept the result, that is a warning: it is in the output folder.
 
     Raises:
-        UserError: checkpoint, data, output or MLflow cannot be used.
+        UserError: checkpoint, data, output or MLflow cannot be used, or MLflow does not allow the name of the model.
+        RunFailedError: the model could not be registered after the evaluation.
     """
     samples = open_pack(config.data)
     saved = open_model(config.checkpoint, samples.taxonomy)
-    folder = locate(saved.folder)
-    uri = tracking_uri(config.tracking.uri or saved.config.tracking.uri, saved.config.run.storage)
-    require_reachable(uri)
-    given, trained = config.panoptic, saved.config.panoptic
+    uri = _tracking_uri(config, saved)
+    client = connect(uri)
+    if config.register:
+        registry.require_names(client, config.register, config.alias)
+    saved = _with_thresholds(saved, config.panoptic)
+    data = EvaluatedData(
+        name=locate(samples.uri).name, hash=samples.data_hash, uri=samples.uri, num_images=len(samples)
+    )
+    output = config.output or str(locate(saved.folder) / "evaluation" / f"{saved.step:08d}-{data.name}")
+    run, model = _start(client, uri, replace(config, output=output), saved, data)
+    try:
+        with evaluations.system_metrics(run), session():
+            evaluation = evaluate(
+                saved,
+                samples,
+                output=output,
+                predictors=config.scaling.workers,
+                device=config.scaling.device,
+                cpus=config.scaling.cpus_per_worker,
+            )
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        run.close("KILLED" if stopped else "FAILED", {"cause": one_line(error)})
+        raise
+    try:
+        _log(run, model, data, evaluation)
+        version = _register(client, run, config, model, data, evaluation) if config.register else Registered("", "")
+    finally:
+        run.close("FINISHED", {})
+    return Published(evaluation, run, version.version, version.alias_version)
+
+
+def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
+    """Return where to log: by flag, by environment, or beside the run's folder.
+
+    A checkpoint may come from a stranger. What it names is used only if it is the database of a folder that it lies in.
+    """
+    folder, trained = locate(saved.folder), saved.config.tracking.uri
+    given = or_environment("tracking.uri", config.tracking.uri)
+    if not given and folder.is_local and trained.startswith(SQLITE):
+        database = Path(trained.removeprefix(SQLITE))
+        if database.name == "mlflow.db" and database.is_file() and Path(folder.path).is_relative_to(database.parent):
+            given = trained
+    uri = tracking_uri(given, str(folder).rpartition("/")[0])
+    if trained not in ("", uri):
+        logger.info(
+            "The training was logged to %s; this evaluation is logged to %s. --tracking.uri or $MLFLOW_TRACKING_URI "
+            "chooses another place.",
+            escaped(without_password(trained)),
+            without_password(uri),
+        )
+    return uri
+
+
+def _with_thresholds(saved: SavedModel, given: ThresholdConfig) -> SavedModel:
+    """Return the model with the thresholds of the command line: the registered model must use the evaluated ones."""
+    trained = saved.config.panoptic
     panoptic = PanopticConfig(
         score_threshold=_or(given.score_threshold, trained.score_threshold),
         overlap_threshold=_or(given.overlap_threshold, trained.overlap_threshold),
     )
-    # The registered model must use the same thresholds as the evaluated one.
-    saved = replace(saved, config=replace(saved.config, panoptic=panoptic))
-    output = config.output or str(folder / "evaluation" / f"{saved.step:08d}-{locate(config.data).name}")
-    with session():
-        evaluation = evaluate(
-            saved,
-            samples,
-            output=output,
-            predictors=config.scaling.workers,
-            device=config.scaling.device,
-            cpus=config.scaling.cpus_per_worker,
-        )
-    # The MLflow run of the training run, identified by its folder; a checkpoint of another program gets a new one.
-    run = TrackedRun.open(
-        uri, saved.config.tracking.experiment, saved.config.run.name, str(folder), to_dict(saved.config)
+    return replace(saved, config=replace(saved.config, panoptic=panoptic))
+
+
+def _start(
+    client: MlflowClient, uri: str, config: PublishConfig, saved: SavedModel, data: EvaluatedData
+) -> tuple[TrackedRun, LoggedModel]:
+    """Create the MLflow run of an evaluation, and link it with the training, the model and the data."""
+    experiment, folder = saved.config.tracking.experiment, locate(saved.folder)
+    training = TrackedRun.find(uri, experiment, str(folder))
+    if training is not None:
+        training.settle(folder)
+    about = {**to_dict(config), "panoptic": to_dict(saved.config.panoptic)}
+    del about["tracking"]  # the address may have a password
+    run = TrackedRun.start(
+        uri,
+        experiment,
+        f"evaluation of step {saved.step} on {data.name}",
+        about,
+        tags={"checkpoint": saved.uri, "step": str(saved.step), "data_hash": data.hash},
+        parent=training.run_id if training else "",
     )
-    of_training = (folder / "config.json").exists()
-    number = ""
-    if of_training:
-        run.settle(folder)
-    status = run.status if of_training else "FINISHED"  # evaluation does not change the status of a training run
     try:
-        run.log_metrics(saved.step, evaluation.metrics, folder if of_training else None)
-        run.log_files({"metrics.json": (locate(output) / "metrics.json").read_bytes()}, "evaluation")
-        if config.register:
-            number = registry.register(saved, run, config.register, config.alias, evaluation.metrics)
-    finally:
-        run.set_status(status)
-    return Published(evaluation, run, number)
+        with current(uri):
+            experiment_id = client.get_run(run.run_id).info.experiment_id
+            model = logged_model(client, saved, experiment_id, training.run_id if training else run.run_id)
+            evaluations.link(run, model.model_id, data)
+    except MlflowException as error:
+        run.close("FAILED", {"cause": one_line(error)})
+        raise explained(uri, error) from error
+    return run, model
+
+
+def _log(run: TrackedRun, model: LoggedModel, data: EvaluatedData, evaluation: EvaluationResult) -> None:
+    """Log files and metrics. The metrics come last: who finds them finds the files, too."""
+    output = locate(evaluation.output)
+    counts = Quality(
+        data_hash=evaluation.data_hash, taxonomy=evaluation.model.taxonomy, images=_counts_by_image(evaluation)
+    )
+    files = {name: (output / name).read_bytes() for name in output.names() if name in _FILES}
+    run.log_files({**files, quality.FILE: counts.to_bytes()}, evaluations.FOLDER)
+    for name in (output / "overlays").names():
+        run.log_files({name: (output / "overlays" / name).read_bytes()}, f"{evaluations.FOLDER}/overlays")
+    try:
+        require_reachable(run.uri)  # the client itself would retry for minutes
+        evaluations.log_metrics(run, model.model_id, data, evaluation.model.step, evaluation.metrics)
+    except (UserError, MlflowException) as error:
+        logger.warning(
+            "MLflow did not accept the metrics of run %s; they are in %s: %s", run.run_id, output, one_line(error)
+        )
+
+
+def _register(
+    client: MlflowClient,
+    run: TrackedRun,
+    config: PublishConfig,
+    model: LoggedModel,
+    data: EvaluatedData,
+    evaluation: EvaluationResult,
+) -> Registered:
+    saved, pq = evaluation.model, evaluation.quality
+    intervals = pq_intervals(_counts_by_image(evaluation), saved.taxonomy)
+    try:
+        require_reachable(run.uri)
+        with current(run.uri):
+            return registry.register(
+                client,
+                model,
+                saved,
+                config.register,
+                config.alias,
+                description=model_card(saved, data, pq, intervals),
+                tags={"pq": str(pq.pq), "data_hash": data.hash, "evaluation_run": run.run_id},
+            )
+    except (UserError, MlflowException) as error:
+        raise RunFailedError(
+            f"The model was evaluated but not registered as {config.register}: {one_line(error)} The result is in "
+            f"{evaluation.output}. The same command tries again."
+        ) from error
+
+
+def _counts_by_image(evaluation: EvaluationResult) -> dict[int | str, dict[int, ClassQuality]]:
+    """Return each image's contribution to PQ by category id, for the classes that are present or predicted in it."""
+    return {
+        image_id: {
+            counts.category_id: counts for counts in result.per_class.values() if counts.tp + counts.fp + counts.fn
+        }
+        for image_id, result in evaluation.per_image.items()
+    }
 
 
 def _or(given: float | None, default: float) -> float:

@@ -15,12 +15,12 @@ from mlflow.utils.time import get_current_time_millis
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.server import one_line
 from pipelines.tracking.unsent import (
     POINTS_PER_CALL,
     Sender,
     Unsent,
     next_number,
-    one_line,
     point_to_dict,
     read_points,
     write_points,

@@ -4,17 +4,21 @@ It needs the package `maskformer`, which is stored beside it, but neither Ray no
 nothing.
 """
 
+import base64
+import dataclasses
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
 import maskformer
+from maskformer import Segmenter
 from maskformer.coco_format import encode_ids
 
 
@@ -22,25 +26,54 @@ class PanopticSegmenter(PythonModel):
     """Segments images and returns COCO panoptic results."""
 
     def load_context(self, context: Any) -> None:
-        """Build the network and load its weights, on a GPU if there is one."""
-        self._segmenter = maskformer.load(Path(context.artifacts["about"]).parent)
+        """Build the network and load its weights, onto a GPU if there is one.
+
+        `mlflow.pyfunc.load_model(..., model_config={"device": "cpu"})` chooses another device.
+        """
+        device = (context.model_config or {}).get("device", "auto")
+        self._segmenter = maskformer.load(Path(context.artifacts["about"]).parent, device)
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride] -- MLflow annotates it as returning None
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Segment the `image` of each row, the bytes of an image file; its EXIF orientation is applied.
 
+        Args:
+            params: `score_threshold` and `overlap_threshold`. Default: those that the model was evaluated with.
+
         Returns:
             Columns `png`, the segment ids at the size of the image as R + 256 G + 65536 B with 0 for void, and
             `segments_info`, a JSON list with `id`, `category_id`, `area` and `score` of each segment.
         """
+        segmenter = self._with_thresholds(params or {})
         rows = []
-        for content in model_input["image"]:
-            ids, segments = self._segmenter.segment(content)
+        for number, content in enumerate(model_input["image"]):
+            ids, segments = segmenter.segment(_read_image(content, number))
             png = io.BytesIO()
             Image.fromarray(encode_ids(ids)).save(png, "PNG")
             rows.append({"png": png.getvalue(), "segments_info": json.dumps(segments)})
         return pd.DataFrame(rows, columns=["png", "segments_info"])
+
+    def _with_thresholds(self, changed: dict[str, Any]) -> Segmenter:
+        """Return a segmenter of the model in memory; servers answer several requests at once, so it is a new one."""
+        evaluated = self._segmenter
+        try:
+            config = dataclasses.replace(evaluated.config, **changed)
+        except (TypeError, ValueError) as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        size = {"short_side": evaluated.short_side, "long_side": evaluated.long_side}
+        return Segmenter(evaluated.model, evaluated.taxonomy, config, **size)
+
+
+def _read_image(content: bytes, row: int) -> Any:
+    """Return the pixels of an image file, or of one in base64."""
+    name = f"The image of row {row}"
+    try:
+        if content[:64].isascii():  # MLflow's server decodes base64 in the dataframe formats, but not in `inputs`
+            content = base64.b64decode(content)
+        return maskformer.read_image(content, name=name)
+    except (ValueError, TypeError) as error:
+        raise MlflowException.invalid_parameter_value(f"{name} cannot be read: {error}") from error
 
 
 set_model(PanopticSegmenter())

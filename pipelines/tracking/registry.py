@@ -1,79 +1,87 @@
 """Registers an evaluated checkpoint as a version of a registered model in MLflow."""
 
-import dataclasses
-import json
-import os
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import mlflow
-import safetensors.torch
-from mlflow.models import ModelSignature
-from mlflow.models.model import ModelInfo
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, Schema
 
-import maskformer
 from pipelines.checkpoints.saved_model import SavedModel
-from pipelines.tracking.runs import TrackedRun
+from pipelines.data.findings import escaped
+from pipelines.errors import UserError
+from pipelines.tracking import history
+from pipelines.tracking.alias import move_forward, require_alias_name
+from pipelines.tracking.logged_model import add_files
+from pipelines.tracking.server import one_line
 
-_REQUIREMENTS = ("torch", "torchvision", "numpy", "scipy", "safetensors", "pillow", "pandas", "jaxtyping")
-_SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("binary", "image")]),
-    outputs=Schema([ColSpec("binary", "png"), ColSpec("string", "segments_info")]),
-)
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model, and where an alias points."""
+
+    version: str
+    alias_version: str
+    """The version that the alias names now: this one, or a newer one."""
 
 
-def register(saved: SavedModel, run: TrackedRun, name: str, alias: str, metrics: dict[str, float]) -> str:
-    """Add a version to the registered model `name`, set `alias` on it, and return the number of the version.
+def require_names(client: MlflowClient, name: str, alias: str) -> None:
+    """Check that a model can be registered under `name` and gets `alias`, before it is evaluated.
 
-    The version has the code of `maskformer`, the weights and all else that inference needs. It loads with
-    `mlflow.pyfunc.load_model("models:/NAME@ALIAS")` on machines without Ray and without this repository.
+    Raises:
+        UserError: MLflow does not allow the name or the alias, or promote.py decides on the alias.
+    """
+    require_alias_name(alias)
+    try:
+        client.get_registered_model(name)
+        guarded = bool(history.read(client, name, alias))
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return  # it will be created
+        raise UserError(
+            f"MLflow does not allow to register a model as {escaped(name)!r}: {one_line(error)} Choose another "
+            f"--register."
+        ) from error
+    if guarded:
+        raise UserError(
+            f"jobs/promote.py decides which version of {name} is the {alias}. Register with another --alias, such as "
+            f"candidate, then: python jobs/promote.py --model {name} --version V --alias {alias}."
+        )
+
+
+def register(
+    client: MlflowClient,
+    model: LoggedModel,
+    saved: SavedModel,
+    name: str,
+    alias: str,
+    *,
+    description: str,
+    tags: Mapping[str, str],
+) -> Registered:
+    """Make a logged model a version of the registered model `name`, and set `alias` unless it names a newer version.
+
+    A logged model that is a version already stays that version: evaluating a checkpoint once more adds none.
 
     Args:
-        run: the MLflow run that the version is logged to.
-        metrics: the evaluation's metrics, stored with the version.
+        model: of `saved`; its files are stored if they are not yet.
+        description: of a new version.
+        tags: of the version, beside its checkpoint and step.
     """
-    about = {
-        "model": dataclasses.asdict(saved.config.model),
-        "panoptic": dataclasses.asdict(saved.config.panoptic),
-        "categories": saved.taxonomy.to_coco(),
-        "short_side": saved.config.evaluation.short_side,
-        "long_side": saved.config.evaluation.long_side,
-        "checkpoint": saved.uri,
-        "metrics": metrics,
-    }
-    # MLflow also writes the URI to the environment, where later runs in this process would read it.
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(run.uri)
-    mlflow.start_run(run_id=run.run_id)
-    try:
-        model = _log_model(saved, about, name)
-    finally:
-        mlflow.end_run()
-        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] -- None unsets it, which the annotation omits
-    number = str(model.registered_model_version)
-    client = MlflowClient(run.uri)
-    client.set_registered_model_alias(name, alias, number)
-    for key, value in {"checkpoint": saved.uri, "step": saved.step, "pq": metrics.get("pq/all", "")}.items():
-        client.set_model_version_tag(name, number, key, str(value))
-    return number
+    add_files(model, saved)
+    number = _version_of(client, name, model.model_id)
+    if not number:
+        number = str(mlflow.register_model(f"models:/{model.model_id}", name).version)
+        client.update_model_version(name, number, description)
+    for key, value in {"checkpoint": saved.uri, "step": str(saved.step), **tags}.items():
+        client.set_model_version_tag(name, number, key, value)
+    return Registered(number, move_forward(client, name, alias, number))
 
 
-def _log_model(saved: SavedModel, about: dict[str, Any], name: str) -> ModelInfo:
-    with tempfile.TemporaryDirectory() as scratch:
-        files = {"about": Path(scratch) / "about.json", "weights": Path(scratch) / "model.safetensors"}
-        files["about"].write_text(json.dumps(about, indent=1))
-        safetensors.torch.save_file(saved.weights, files["weights"])
-        return mlflow.pyfunc.log_model(
-            name="panoptic",
-            python_model=str(Path(__file__).with_name("registered_model.py")),
-            artifacts={key: str(path) for key, path in files.items()},
-            code_paths=[str(Path(maskformer.__file__).parent)],
-            signature=_SIGNATURE,
-            registered_model_name=name,
-            # The installed versions, without a local part such as +cpu.
-            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in _REQUIREMENTS],
-        )
+def _version_of(client: MlflowClient, name: str, model_id: str) -> str:
+    """Return the version that a logged model is already; empty if it is none."""
+    quoted = name.replace("'", "''")
+    found = client.search_model_versions(f"name='{quoted}'")
+    return next((str(version.version) for version in found if version.source == f"models:/{model_id}"), "")

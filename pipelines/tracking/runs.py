@@ -1,13 +1,10 @@
 """MLflow runs: one for each training run, written by the driver and identified by the training run's folder."""
 
 import contextlib
+import functools
 import json
 import logging
-import os
-import sqlite3
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +13,15 @@ from typing import Any
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from pipelines.config.overrides import flatten
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location
-from pipelines.tracking.unsent import RunStatus, Sender, Unsent, is_rejection, one_line, read_points
+from pipelines.tracking.server import explained, one_line, require_reachable, without_password
+from pipelines.tracking.unsent import RunStatus, Sender, Unsent, is_rejection, read_points
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +57,42 @@ class TrackedRun:
             UserError: MLflow rejects the request.
         """
         require_reachable(uri)  # the client itself would try for minutes
-        try:
-            return cls(uri, _open(MlflowClient(uri), uri, experiment, name, folder, config, parent))
-        except MlflowException as error:
-            raise UserError(
-                f"MLflow at {uri} rejected the run: {' '.join(str(error).split())[:500]} Correct this, or choose "
-                f"another --tracking.uri or --tracking.experiment."
-            ) from error
+        with _rejections(uri):
+            client = MlflowClient(uri)
+            experiment_id = _experiment(client, uri, experiment)
+            run_id = _find(client, experiment_id, folder)
+            return cls(uri, run_id or _create(client, experiment_id, name, {_FOLDER_TAG: folder}, config, parent))
+
+    @classmethod
+    def find(cls, uri: str, experiment: str, folder: str) -> "TrackedRun | None":
+        """Return the MLflow run of a training run's folder, if there is one.
+
+        Raises:
+            UserError: MLflow does not answer or rejects the request.
+        """
+        require_reachable(uri)
+        with _rejections(uri):
+            client = MlflowClient(uri)
+            found = client.get_experiment_by_name(experiment)
+            run_id = _find(client, found.experiment_id, folder) if found else None
+            return cls(uri, run_id) if run_id else None
+
+    @classmethod
+    def start(
+        cls, uri: str, experiment: str, name: str, config: dict[str, Any], tags: dict[str, str], parent: str = ""
+    ) -> "TrackedRun":
+        """Create an MLflow run; the arguments are those of `open`, and further tags.
+
+        Raises:
+            UserError: MLflow does not answer or rejects the request.
+        """
+        require_reachable(uri)
+        with _rejections(uri):
+            client = MlflowClient(uri)
+            return cls(uri, _create(client, _experiment(client, uri, experiment), name, tags, config, parent))
 
     def __str__(self) -> str:
-        return f"MLflow run {self.run_id} at {self.uri}"
+        return f"MLflow run {self.run_id} at {without_password(self.uri)}"
 
     @property
     def status(self) -> str:
@@ -93,7 +118,8 @@ class TrackedRun:
             return [(point.step, point.value) for point in self._client.get_metric_history(self.run_id, metric)]
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {self.uri} cannot return the metrics of run {self.run_id}: {' '.join(str(error).split())}"
+                f"MLflow at {without_password(self.uri)} cannot return the metrics of run {self.run_id}: "
+                f"{one_line(error)}"
             ) from error
 
     def log_metrics(self, step: int, metrics: dict[str, float], folder: Location | None = None) -> None:
@@ -225,59 +251,28 @@ def _keep(what: str, error: Exception, folder: Location, write: Callable[[Unsent
     logger.warning("MLflow did not accept %s: %s %s", what, one_line(error), kept)
 
 
-def require_reachable(uri: str) -> None:
-    """Check within seconds that MLflow at `uri` can be used; its client would retry for minutes.
-
-    Raises:
-        UserError: the server does not answer or the database cannot be written.
-    """
-    if uri.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(
-                f"The MLflow server {uri} does not answer: {reason}. Start it, correct --tracking.uri or "
-                f"$MLFLOW_TRACKING_URI, or unset both to use a SQLite file in the storage folder."
-            ) from error
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not os.access(path, os.W_OK):
-                raise PermissionError(13, "the file is read-only")
-            with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
-                database.execute("BEGIN IMMEDIATE")
-                database.rollback()
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"MLflow's database {path} cannot be written: {error}. Choose another file with "
-                f"--tracking.uri sqlite:////absolute/path/mlflow.db or another --run.storage."
-            ) from error
-        return
-    if "://" not in uri or uri.startswith("file:"):
-        raise UserError(
-            f"MLflow no longer keeps runs in a plain folder, got {uri}. "
-            f"Use --tracking.uri sqlite:////absolute/path/mlflow.db or http://host:5000."
-        )
-
-
-def _open(
-    client: MlflowClient, uri: str, experiment: str, name: str, folder: str, config: dict[str, Any], parent: str
+def _create(
+    client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], config: dict[str, Any], parent: str
 ) -> str:
-    experiment_id = _experiment(client, uri, experiment)
-    quote = '"' if "'" in folder else "'"
-    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
-    if found:
-        return found[0].info.run_id
-    tags = {_FOLDER_TAG: folder, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
-    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    about = {**_context(), **tags, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    run_id = client.create_run(experiment_id, run_name=name, tags=about).info.run_id
     params = [Param(key, str(value)) for key, value in flatten(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
     client.log_dict(run_id, config, "config.json")
     return run_id
+
+
+@functools.cache
+def _context() -> dict[str, str]:
+    """Return MLflow's tags of this process: user, source, git commit. It calls git, which takes a while."""
+    return resolve_tags()
+
+
+def _find(client: MlflowClient, experiment_id: str, folder: str) -> str | None:
+    quote = '"' if "'" in folder else "'"
+    found = client.search_runs([experiment_id], f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
+    return found[0].info.run_id if found else None
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -287,3 +282,16 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     # A server chooses the artifact location; with a SQLite file, the default would be the working directory.
     artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts") if uri.startswith("sqlite:") else None
     return client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)
+
+
+@contextlib.contextmanager
+def _rejections(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.get_http_status_code() in (401, 403):
+            raise explained(uri, error) from None
+        raise UserError(
+            f"MLflow at {without_password(uri)} rejected the run: {one_line(error)} Correct this, or choose "
+            f"another --tracking.uri or --tracking.experiment."
+        ) from error

@@ -16,6 +16,7 @@ from mlflow.utils.time import get_current_time_millis
 
 from pipelines.errors import UserError
 from pipelines.storage import Location
+from pipelines.tracking.server import one_line
 
 POINTS_PER_CALL = 1000
 """MLflow's limit for one request."""
@@ -30,10 +31,6 @@ def is_rejection(error: MlflowException) -> bool:
     Other errors may pass: a proxy answers "not found" for a server that restarts, and a token can be renewed.
     """
     return error.error_code in _REJECTIONS
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 @dataclass(frozen=True)

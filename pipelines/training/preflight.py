@@ -28,7 +28,7 @@ from pipelines.data.manifest import MANIFEST_FILE, PackedSet, open_pack
 from pipelines.data.order import total_steps
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
-from pipelines.tracking.runs import require_reachable
+from pipelines.tracking.server import require_reachable
 from pipelines.training.lock import LOCK_FILE
 
 logger = logging.getLogger(__name__)

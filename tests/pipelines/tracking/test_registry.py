@@ -1,33 +1,46 @@
-"""A registered version loads and segments on a machine without this repository, from a database and from a server."""
+"""A registered version loads, segments and answers HTTP requests on a machine without this repository."""
 
+import base64
+import contextlib
+import dataclasses
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from maskformer import PanopticConfig, Segmenter, build_model
 from maskformer.coco_format import decode_ids
-from pipelines.checkpoints import state as checkpoint
 from pipelines.checkpoints.saved_model import SavedModel
-from pipelines.checkpoints.state import TrainingState, step_folder
-from pipelines.config.publish import InferenceScaling, PublishConfig, ThresholdConfig
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import open_pack
 from pipelines.data.synthetic import SyntheticConfig, draw_dataset
-from pipelines.evaluation.publish import publish
-from pipelines.storage import locate
+from pipelines.errors import UserError
 from pipelines.tracking import registry
+from pipelines.tracking.alias import require_alias_name
+from pipelines.tracking.history import Entry
+from pipelines.tracking.logged_model import logged_model
+from pipelines.tracking.registry import Registered
 from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.server import current
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -116,6 +129,16 @@ def assert_loads_elsewhere(uri: str, saved: SavedModel, image: ImageFile, folder
     assert json.loads((folder / "segments.json").read_text()) == json.loads(json.dumps(segments))
 
 
+def register(uri: str, saved: SavedModel, alias: str = ALIAS) -> Registered:
+    """Register a model as `publish` does, without evaluating it; each call is another MLflow run."""
+    run = TrackedRun.start(uri, "experiment", "evaluation", {}, {})
+    client = MlflowClient(uri)
+    with current(uri):
+        experiment_id = client.get_run(run.run_id).info.experiment_id
+        model = logged_model(client, saved, experiment_id, run.run_id)
+        return registry.register(client, model, saved, NAME, alias, description="card", tags={"pq": "0.25"})
+
+
 def test_a_version_loads_without_this_repository(
     uri: str,
     tiny: TrainConfig,
@@ -124,27 +147,49 @@ def test_a_version_loads_without_this_repository(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = TrackedRun.open(uri, "experiment", "run", "/runs/run", {})
     first, second = saved_model(tiny, packs, seed=0, step=10), saved_model(tiny, packs, seed=2, step=20)
-    assert registry.register(first, run, NAME, ALIAS, {"pq/all": 0.25}) == "1"
+    assert register(uri, first) == Registered("1", "1")
     assert_loads_elsewhere(uri, first, image, tmp_path / "first")
 
     client = MlflowClient(uri)
     version = client.get_model_version_by_alias(NAME, ALIAS)
     assert int(version.version) == 1  # some stores return a string
     assert version.tags == {"checkpoint": first.uri, "step": "10", "pq": "0.25"}
-    assert version.run_id == run.run_id
+    assert version.description == "card"
 
-    # A second registration creates a new version and moves the alias.
-    assert registry.register(second, run, NAME, ALIAS, {"pq/all": 0.5}) == "2"
+    # Another model is a new version and moves the alias. The first one once more is neither.
+    assert register(uri, second) == Registered("2", "2")
+    assert register(uri, first) == Registered("1", "2")
     assert client.get_model_version_by_alias(NAME, ALIAS).tags["step"] == "20"
+    assert len(client.search_logged_models([client.get_experiment_by_name("experiment").experiment_id])) == 2  # pyright: ignore[reportOptionalMemberAccess]
     assert not np.array_equal(segmented(first, image.pixels)[0], segmented(second, image.pixels)[0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # registering does not change the setting of MLflow itself
     loaded = mlflow.pyfunc.load_model(f"models:/{NAME}@{ALIAS}")
-    (png,) = loaded.predict({"image": [image.path.read_bytes()]})["png"]
-    (tmp_path / "second.png").write_bytes(png)
-    found = decode_ids(np.asarray(Image.open(tmp_path / "second.png")))
-    np.testing.assert_array_equal(found, segmented(second, image.pixels)[0])
+    images = {"image": [image.path.read_bytes()]}
+    (png,) = loaded.predict(images)["png"]
+    np.testing.assert_array_equal(pixels(png), segmented(second, image.pixels)[0])
+
+    # Thresholds are parameters, with those that were evaluated as defaults.
+    assert loaded.metadata.get_params_schema().to_dict() == [
+        {"name": "score_threshold", "type": "double", "default": 0.0, "shape": None},
+        {"name": "overlap_threshold", "type": "double", "default": 0.25, "shape": None},
+    ]
+    stricter = PanopticConfig(score_threshold=0.0, overlap_threshold=0.9)
+    answer = loaded.predict(images, params={"overlap_threshold": 0.9})
+    ids, segments = segmented(replace(second, config=replace(second.config, panoptic=stricter)), image.pixels)
+    np.testing.assert_array_equal(pixels(answer["png"][0]), ids)
+    assert json.loads(answer["segments_info"][0]) == json.loads(json.dumps(segments))
+    assert len(segments) < len(segmented(second, image.pixels)[1])
+    np.testing.assert_array_equal(pixels(loaded.predict(images)["png"][0]), segmented(second, image.pixels)[0])
+    with pytest.raises(MlflowException, match=r"score_threshold must lie in \[0, 1\], got 3"):
+        loaded.predict(images, params={"score_threshold": 3.0})
+    with pytest.raises(MlflowException, match="image of row 1 cannot be read"):
+        loaded.predict({"image": [image.path.read_bytes(), b"no image"]})
+
+    # The example is an image that the model segments.
+    example = loaded.metadata.load_input_example(download_artifacts(f"models:/{NAME}@{ALIAS}"))
+    (png,) = loaded.predict(example)["png"]
+    assert pixels(png).shape == (64, 96)
 
     # Loading weights never executes code: nothing is a pickle, by name or by content (protocols 2 to 5, torch's zip).
     artifacts = Path(download_artifacts(f"models:/{NAME}@{ALIAS}", dst_path=str(tmp_path / "copy")))
@@ -157,41 +202,114 @@ def test_a_version_loads_without_this_repository(
     assert "ray" not in {line.partition("==")[0] for line in requirements.splitlines()}
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_the_evaluated_model_is_registered(
-    tiny: TrainConfig, packs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The version has the thresholds of the command line, and the PQ that was measured with them."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    config = replace(tiny, tracking=replace(tiny.tracking, uri=uri), panoptic=PanopticConfig(score_threshold=1.0))
-    torch.manual_seed(0)
-    state = TrainingState(7, build_model(config.model).state_dict(), {})
-    taxonomy = open_pack(packs["val"]).taxonomy
-    checkpoint.save(step_folder(locate(tmp_path / "run"), 7), state, config, taxonomy)
-    published = publish(
-        PublishConfig(
-            checkpoint=str(tmp_path / "run"),
-            data=packs["val"],
-            panoptic=ThresholdConfig(score_threshold=0.0, overlap_threshold=0.125),
-            scaling=InferenceScaling(cpus_per_worker=0.5),
-            register=NAME,
-        )
-    )
-    assert published.model_version == "1"
-    counts = published.evaluation.quality.per_class.values()
-    assert sum(values.tp + values.fp for values in counts) > 0, "the checkpoint's threshold would reject every query"
+def pixels(png: bytes) -> np.ndarray:
+    return decode_ids(np.asarray(Image.open(io.BytesIO(png))))
+
+
+def test_names_that_mlflow_refuses_are_refused_before_an_evaluation(uri: str) -> None:
     client = MlflowClient(uri)
-    logged = client.get_run(published.mlflow_run.run_id)
-    assert logged.data.metrics["pq/all"] == published.evaluation.quality.pq
-    assert published.mlflow_run.history("pq/all") == [(7, published.evaluation.quality.pq)]
-    assert [file.path for file in client.list_artifacts(logged.info.run_id, "evaluation")] == [
-        "evaluation/metrics.json"
-    ]
-    assert logged.info.status == "FINISHED"
-    version = client.get_model_version_by_alias(NAME, ALIAS)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert version.tags["pq"] == str(published.evaluation.quality.pq)
-    artifacts = Path(download_artifacts(f"models:/{NAME}@{ALIAS}", dst_path=str(tmp_path / "copy")))
-    about = json.loads(next(artifacts.rglob("about.json")).read_text())
-    assert about["panoptic"] == {"score_threshold": 0.0, "overlap_threshold": 0.125}
+    registry.require_names(client, "new-name", "candidate")
+    for name in ("a/b", "a:b", " ", "models:/x"):
+        with pytest.raises(UserError, match="does not allow to register") as refusal:
+            registry.require_names(client, name, "candidate")
+        assert "\n" not in str(refusal.value)
+    for alias in ("latest", "LATEST", "v1", "a b", "a/b", ""):
+        with pytest.raises(UserError, match="does not allow the alias"):
+            registry.require_names(client, "new-name", alias)
+    client.create_registered_model("guarded", tags={"history.champion": json.dumps([dataclasses.asdict(ENTRY)])})
+    registry.require_names(client, "guarded", "candidate")
+    with pytest.raises(UserError, match=r"jobs/promote\.py decides.*--alias champion"):
+        registry.require_names(client, "guarded", "champion")
+
+
+ENTRY = Entry(action="first", version="1", previous="", by="me", at="today", reason="the first")
+
+
+def test_mlflow_itself_refuses_these_aliases(database: Path) -> None:
+    """So that our refusal is not stricter than necessary."""
+    client = MlflowClient(f"sqlite:///{database}")
+    client.create_registered_model("aliases")
+    with current(f"sqlite:///{database}"):
+        client.create_model_version("aliases", "file:///nowhere")
+    for alias in ("latest", "v1", "V3", "a b", "a/b", ""):
+        with pytest.raises(MlflowException):
+            client.set_registered_model_alias("aliases", alias, "1")
+    for alias in ("vnext", "v1a", "Äther-1_x"):
+        client.set_registered_model_alias("aliases", alias, "1")
+        require_alias_name(alias)
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_as_the_local_one(
+    server: tuple[str, psutil.Process], tiny: TrainConfig, packs: dict[str, str], image: ImageFile, tmp_path: Path
+) -> None:
+    """By `mlflow models serve`, which takes half a minute to start."""
+    uri = server[0]
+    saved = saved_model(tiny, packs, seed=4, step=30)
+    version = register(uri, saved, "served").version
+    with serving(uri, f"models:/{NAME}/{version}", tmp_path) as address:
+        content = base64.b64encode(image.path.read_bytes()).decode()
+        for body, thresholds in (
+            ({"dataframe_split": {"columns": ["image"], "data": [[content]]}}, saved.config.panoptic),
+            (
+                {"inputs": {"image": [content]}, "params": {"overlap_threshold": 0.9}},
+                PanopticConfig(score_threshold=0.0, overlap_threshold=0.9),
+            ),
+        ):
+            status, answer = post(f"{address}/invocations", body)
+            assert status == 200, answer
+            (row,) = answer["predictions"]
+            ids, segments = segmented(replace(saved, config=replace(saved.config, panoptic=thresholds)), image.pixels)
+            np.testing.assert_array_equal(pixels(base64.b64decode(row["png"])), ids)
+            assert json.loads(row["segments_info"]) == json.loads(json.dumps(segments))
+        status, answer = post(f"{address}/invocations", {"inputs": {"image": ["bm8gaW1hZ2U="]}})
+        assert status == 400
+        assert "image of row 0 cannot be read" in json.dumps(answer)
+
+
+@contextlib.contextmanager
+def serving(uri: str, model: str, folder: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it starts uvicorn by its name
+    }
+    with (folder / "log").open("w") as log:
+        process = psutil.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not answers(f"http://127.0.0.1:{port}/ping"):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            processes = [*process.children(recursive=True), process]
+            for member in processes:
+                member.kill()
+            psutil.wait_procs(processes, timeout=30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def post(url: str, body: object) -> tuple[int, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())

@@ -15,7 +15,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipelines.errors import UserError
 from pipelines.storage import locate
-from pipelines.tracking.runs import TrackedRun, require_reachable
+from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.server import require_reachable
 from pipelines.tracking.unsent import RunStatus, Unsent
 from tests.pipelines.tracking.mlflow_server import UNUSED
 

@@ -1,0 +1,139 @@
+"""MLflow's server or database: whether it answers, whether it lets us in, and what its errors mean to a user."""
+
+import contextlib
+import os
+import re
+import sqlite3
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipelines.errors import UserError
+
+_USER = re.compile(r"://[^/?#\s@]+@")
+_DENIED = (401, 403)
+
+
+def without_password(text: str) -> str:
+    """Return `text` without the user names and passwords of the URIs in it."""
+    return _USER.sub("://", text)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line of at most 500 characters, without passwords."""
+    return without_password(" ".join(str(error).split()))[:500]
+
+
+def require_reachable(uri: str) -> None:
+    """Check within seconds that MLflow at `uri` can be used; its client would retry for minutes.
+
+    Raises:
+        UserError: the server does not answer or refuses, or the database cannot be written.
+    """
+    if uri.startswith(("http://", "https://")):
+        _require_server(uri)
+    elif uri.startswith("sqlite:///"):
+        _require_database(Path(uri.removeprefix("sqlite:///")))
+    elif "://" not in uri or uri.startswith("file:"):
+        raise UserError(
+            f"MLflow no longer keeps runs in a plain folder, got {uri}. "
+            f"Use --tracking.uri sqlite:////absolute/path/mlflow.db or http://host:5000."
+        )
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return a client of MLflow at `uri`, after a request that shows within seconds that we may use it.
+
+    Raises:
+        UserError: it does not answer, cannot be written, or refuses us.
+    """
+    require_reachable(uri)
+    client = MlflowClient(uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise explained(uri, error) from None
+    return client
+
+
+def explained(uri: str, error: MlflowException) -> UserError:
+    """Return what an error of MLflow at `uri` means to a user: access denied, or its own words."""
+    if error.get_http_status_code() in _DENIED:
+        return _denied(uri, error.get_http_status_code())
+    return UserError(
+        f"MLflow at {without_password(uri)} rejected the request: {one_line(error)} Correct this, or choose another "
+        f"--tracking.uri."
+    )
+
+
+@contextlib.contextmanager
+def current(uri: str) -> Iterator[None]:
+    """Make `uri` the one that MLflow's functions use inside the block."""
+    # MLflow also writes the URI to the environment, where later runs in this process would read it.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] -- None unsets it, which the annotation omits
+
+
+def _require_server(uri: str) -> None:
+    if _USER.search(uri):
+        raise UserError(
+            f"The address of the MLflow server {without_password(uri)} has a user name or password in it, which would "
+            f"be stored and shown. Set $MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD instead."
+        )
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code in _DENIED:
+            # A proxy may want a password even here. MLflow's client sends it, and `connect` sees whether it is right.
+            if _has_credentials():
+                return
+            raise _denied(uri, error.code) from None
+        raise _silent(uri, error) from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise _silent(uri, error) from error
+
+
+def _has_credentials() -> bool:
+    return bool(os.environ.get("MLFLOW_TRACKING_TOKEN") or os.environ.get("MLFLOW_TRACKING_USERNAME"))
+
+
+def _silent(uri: str, error: Exception) -> UserError:
+    reason = getattr(error, "reason", error)
+    return UserError(
+        f"The MLflow server {uri} does not answer: {reason}. Start it, correct --tracking.uri or "
+        f"$MLFLOW_TRACKING_URI, or unset both to use a SQLite file in the storage folder."
+    )
+
+
+def _denied(uri: str, status: int) -> UserError:
+    remedy = (
+        "Set $MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD, or $MLFLOW_TRACKING_TOKEN"
+        if status == 401
+        else "Ask its administrator for the permission, or set the $MLFLOW_TRACKING_USERNAME of a user who has it"
+    )
+    return UserError(f"The MLflow server {without_password(uri)} refuses access (HTTP status {status}). {remedy}.")
+
+
+def _require_database(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "the file is read-only")
+        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(
+            f"MLflow's database {path} cannot be written: {error}. Choose another file with "
+            f"--tracking.uri sqlite:////absolute/path/mlflow.db or another --run.storage."
+        ) from error
