@@ -217,6 +217,8 @@ class TrackingConfig:
     """MLflow experiment of the run. Created if it does not exist."""
     log_every: int = 20
     """Steps between logged losses."""
+    tensorboard: bool = False
+    """Write what MLflow has of the run to TensorBoard's event files too, in its folder. Local run.storage only."""
     parent: str = ""
     """Id of the parent MLflow run. A sweep sets it for its trials."""
 
