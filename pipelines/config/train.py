@@ -218,7 +218,8 @@ class TrackingConfig:
     log_every: int = 20
     """Steps between logged losses."""
     tensorboard: bool = False
-    """Write what MLflow has of the run to TensorBoard's event files too, in its folder. Local run.storage only."""
+    """Write the metrics that MLflow has to TensorBoard's event files too. They are in the run's folder, which must be on
+    a local disk."""
     parent: str = ""
     """Id of the parent MLflow run. A sweep sets it for its trials."""
 

@@ -133,8 +133,7 @@ class Sender:
         """Prepare to send.
 
         Args:
-            has: called with points that the run has, for each metric in the order in which it got them. Some points come
-                several times.
+            has: called with points that the run has, those of a metric in their order. Points may come several times.
         """
         self._uri, self._run_id, self._has = uri, run_id, has
         self._client: MlflowClient | None = None

@@ -8,36 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.storage import locate
 from pipelines.tracking import tensorboard
 from pipelines.tracking.metric_log import MetricLog
 from pipelines.tracking.runs import TrackedRun
 from pipelines.tracking.tensorboard import EventFiles, complete
+from tests.pipelines.tracking.curves import in_mlflow, in_tensorboard
 
 
 @pytest.fixture
 def run(database: Path, tmp_path: Path) -> TrackedRun:
     return TrackedRun.open(f"sqlite:///{database}", "tensorboard", "run", str(tmp_path), {})
-
-
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return what TensorBoard shows for a run's folder."""
-    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    reader.Reload()
-    return {name: [(point.step, point.value) for point in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
-
-
-def in_mlflow(run: TrackedRun) -> dict[str, list[tuple[int, float]]]:
-    """Return what MLflow has, in the precision of an event file."""
-    client = MlflowClient(run.uri)
-    with np.errstate(over="ignore"):  # MLflow has the largest float64 for infinity
-        return {
-            name: [(p.step, float(np.float32(p.value))) for p in client.get_metric_history(run.run_id, name)]
-            for name in client.get_run(run.run_id).data.metrics
-        }
 
 
 def points(steps: Sequence[int]) -> list[Metric]:
@@ -57,7 +39,7 @@ def test_restarts_leave_each_step_once_with_the_value_of_mlflow(run: TrackedRun,
     """An attempt that repeats steps has other rates; MLflow keeps the first."""
     for attempt, steps in enumerate((range(7), range(5, 10), range(8, 12)), 1):
         log_steps(run, tmp_path, steps, attempt)
-    shown = curves(tmp_path)
+    shown = in_tensorboard(tmp_path)
     assert shown == in_mlflow(run)
     assert [step for step, _ in shown["images_per_second"]] == list(range(12))
     assert [step for step, _ in shown["quick_pq/all"]] == [10, 12]
@@ -70,7 +52,7 @@ def test_what_a_kill_took_is_added_by_the_next_attempt(run: TrackedRun, tmp_path
     run.log_metrics(5, {"loss/total": math.inf})
     run.log_metrics(6, {"loss/total": math.nan})
     log_steps(run, tmp_path, range(3, 9))
-    shown = curves(tmp_path)
+    shown = in_tensorboard(tmp_path)
     np.testing.assert_equal(shown, in_mlflow(run))
     assert [step for step, _ in shown["loss/total"]] == list(range(9))
     assert math.isnan(shown["loss/total"][6][1])
@@ -85,11 +67,11 @@ def test_an_event_that_was_cut_off_is_written_again(cut: int | str, tmp_path: Pa
     (file,) = (tmp_path / "tensorboard").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-10] + bytes(500) if cut == "zeros" else content[: -int(cut)])
-    assert [step for step, _ in curves(tmp_path)["loss"]] == [0, 1], "the oracle sees the damage"
+    assert [step for step, _ in in_tensorboard(tmp_path)["loss"]] == [0, 1], "the oracle sees the damage"
     after = EventFiles(locate(tmp_path))
     after.add(points(range(5)))
     after.close()
-    assert curves(tmp_path) == {"loss": [(step, float(np.float32(step / 3))) for step in range(5)]}
+    assert in_tensorboard(tmp_path) == {"loss": [(step, float(np.float32(step / 3))) for step in range(5)]}
 
 
 def test_files_stay_in_order_when_the_clock_is_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +82,7 @@ def test_files_stay_in_order_when_the_clock_is_behind(tmp_path: Path, monkeypatc
         files.add(points(steps))
         files.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 3
-    assert [step for step, _ in curves(tmp_path)["loss"]] == list(range(9))
+    assert [step for step, _ in in_tensorboard(tmp_path)["loss"]] == list(range(9))
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning_and_completed_later(
@@ -115,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_completed_later(
     assert len(in_mlflow(run)["loss/total"]) == 5
     obstacle.unlink()
     complete(run, locate(tmp_path))
-    assert curves(tmp_path) == in_mlflow(run)
+    assert in_tensorboard(tmp_path) == in_mlflow(run)
     before = sorted(obstacle.iterdir())
     complete(run, locate(tmp_path))
     assert sorted(obstacle.iterdir()) == before, "nothing was missing"
