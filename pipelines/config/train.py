@@ -218,8 +218,8 @@ class TrackingConfig:
     log_every: int = 20
     """Steps between logged losses."""
     tensorboard: bool = False
-    """Write the metrics that MLflow has to TensorBoard's event files too. They are in the run's folder, which must be on
-    a local disk."""
+    """Write the metrics that MLflow has to TensorBoard's event files too. They are in the run's folder, so run.storage
+    must be local."""
     parent: str = ""
     """Id of the parent MLflow run. A sweep sets it for its trials."""
 

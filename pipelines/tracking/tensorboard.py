@@ -13,14 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from pipelines.errors import UserError
@@ -78,8 +79,8 @@ class EventFiles:
         if self._steps is None:
             self._steps = _steps_in(self._folder)
         steps = self._steps
-        fresh = [point for point in points if point.step not in steps[point.key]]
-        for step, group in groupby(fresh, lambda point: point.step):
+        fresh = sorted((point for point in points if point.step not in steps[point.key]), key=attrgetter("step"))
+        for step, group in groupby(fresh, attrgetter("step")):
             of_step = {point.key: point for point in group}
             self._write(
                 Event(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 from mlflow.tracking import MlflowClient
-from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ReportCallback
 
 from pipelines.config.train import TrainConfig
 from pipelines.training import fit
@@ -25,13 +25,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.ma
 STEPS, EVERY = 6, 3
 
 
-class Recorder(UserCallback):
+class Recorder(ReportCallback):
     """Writes what Ray Train's controller, another process, receives."""
 
     def __init__(self) -> None:
         self._file = Path(os.environ["REPORTS"])
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         with self._file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
