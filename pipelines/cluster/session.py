@@ -35,10 +35,10 @@ def session() -> Iterator[None]:
     try:
         if not is_remote():
             logger.info("Starting Ray on this machine; set RAY_ADDRESS to use a cluster.")
-            ray.init(address="local", include_dashboard=True, dashboard_port=0, **options)
+            context = ray.init(address="local", include_dashboard=True, dashboard_port=0, **options)
         else:
             _require_listener(address)
-            ray.init(address=address, **options)
+            context = ray.init(address=address, **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"Ray cannot be used{f' at RAY_ADDRESS={address}' if address else ''}: {_first_lines(error)} "
@@ -46,6 +46,8 @@ def session() -> Iterator[None]:
             f"or unset RAY_ADDRESS to run on this machine."
         ) from error
     try:
+        if context.dashboard_url:  # a cluster may have none
+            logger.info("Ray's dashboard: http://%s", context.dashboard_url)
         yield
     finally:
         ray.shutdown()

@@ -44,6 +44,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--run.sample-log appends to a file, which {resolved.run.storage} does not support. "
             f"Use a local --run.storage, or leave --run.sample-log out."
         )
+    if resolved.tracking.tensorboard and is_remote(resolved.run.storage):
+        raise UserError(
+            f"--tracking.tensorboard appends to files, which {resolved.run.storage} does not support. Use a local "
+            f"--run.storage, or leave --tracking.tensorboard out: MLflow has the same curves."
+        )
     _ = resolved.batch_split  # refuse an impossible number of workers before anything starts
     return resolved
 

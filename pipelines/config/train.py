@@ -217,6 +217,9 @@ class TrackingConfig:
     """MLflow experiment of the run. Created if it does not exist."""
     log_every: int = 20
     """Steps between logged losses."""
+    tensorboard: bool = False
+    """Write the metrics that MLflow has to TensorBoard's event files too. They are in the run's folder, so run.storage
+    must be local."""
     parent: str = ""
     """Id of the parent MLflow run. A sweep sets it for its trials."""
 

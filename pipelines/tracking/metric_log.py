@@ -16,6 +16,7 @@ from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 from pipelines.tracking.runs import TrackedRun
 from pipelines.tracking.server import one_line
+from pipelines.tracking.tensorboard import EventFiles
 from pipelines.tracking.unsent import (
     POINTS_PER_CALL,
     Sender,
@@ -47,7 +48,12 @@ class MetricLog:
     """
 
     def __init__(
-        self, run: TrackedRun, folder: Location, points: Sequence[dict[str, Any]] = (), capacity: int = 10_000
+        self,
+        run: TrackedRun,
+        folder: Location,
+        points: Sequence[dict[str, Any]] = (),
+        capacity: int = 10_000,
+        event_files: EventFiles | None = None,
     ) -> None:
         """Start the thread.
 
@@ -56,11 +62,14 @@ class MetricLog:
             folder: the training run's folder.
             points: what `in_memory` of an earlier log of this run returned.
             capacity: number of points held in memory at most.
+            event_files: TensorBoard's, which get the points that MLflow has accepted.
         """
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._run, self._capacity = run, capacity
-        self._sender, self._unsent = Sender(run.uri, run.run_id), Unsent(folder)
+        self._event_files = event_files
+        accepted = () if event_files is None else (event_files.add,)
+        self._sender, self._unsent = Sender(run.uri, run.run_id, *accepted), Unsent(folder)
         self._changed = threading.Condition()  # guards the next three
         self._points = [Metric(**point) for point in points]
         self._deadline: float | None = None
@@ -116,6 +125,8 @@ class MetricLog:
                 except Exception as error:  # logging must never end a training run
                     self._wait_for_mlflow(error, began)
             self._finish()
+        if self._event_files is not None:
+            self._event_files.close()
 
     def _has_work(self) -> bool:
         """Wait for points or for the end; return whether to send some."""

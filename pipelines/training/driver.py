@@ -23,6 +23,7 @@ from pipelines.cluster.session import session
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 from pipelines.storage import patience, set_patience
+from pipelines.tracking import tensorboard
 from pipelines.tracking.runs import TrackedRun
 from pipelines.training import goodput, ledger, preflight
 from pipelines.training.coordinator import RunCoordinator
@@ -100,6 +101,8 @@ def fit(config: TrainConfig | PreparedRun, callbacks: TrainCallbacks | None = No
         logger.info("Run %s is finished; another --run.name starts a new one.", config.run.name)
         mlflow_run = TrackedRun(config.tracking.uri, earlier["mlflow_run_id"])
         mlflow_run.settle(run.folder)
+        if config.tracking.tensorboard:
+            tensorboard.complete(mlflow_run, run.folder)
         return _result("finished", run, done, mlflow_run)
     if run.packs.val is None and config.evaluation.every:
         ineffective = " and --run.patience has no effect" if config.run.patience else ""
@@ -205,15 +208,19 @@ def _close(run: PreparedRun, mlflow_run: TrackedRun, run_ledger: Ledger, ended: 
     accounts = goodput.account(run_ledger.events)
     logger.info("%s", goodput.summary(accounts))
     mlflow_run.log_metrics(ended.step or 0, goodput.metrics(accounts), run.folder)
+    result = _result(ended.status, run, ended.step or 0, mlflow_run)
     if ended.status == "failed":
         mlflow_run.close("FAILED", {"cause": ended.cause[:5000]}, run.folder)
+    else:
+        mlflow_status = "FINISHED" if ended.status == "finished" else "KILLED"
+        mlflow_run.close(mlflow_status, {"checkpoint": result.checkpoint, "status": ended.status}, run.folder)
+    if config.tracking.tensorboard:
+        tensorboard.complete(mlflow_run, run.folder)
+    if ended.status == "failed":
         raise RunFailedError(
             f"Run {config.run.name} failed: {ended.cause}. Its ledger is {run.folder}/ledger.jsonl; the same command "
             f"resumes from the newest checkpoint."
         )
-    result = _result(ended.status, run, ended.step or 0, mlflow_run)
-    mlflow_status = "FINISHED" if ended.status == "finished" else "KILLED"
-    mlflow_run.close(mlflow_status, {"checkpoint": result.checkpoint, "status": ended.status}, run.folder)
     return result
 
 

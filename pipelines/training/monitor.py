@@ -28,6 +28,7 @@ from pipelines.storage import Location, patience
 from pipelines.training import ledger, watchdog
 from pipelines.training.coordinator import DRAIN, RESIZE, STOP
 from pipelines.training.elastic import WorkerCount
+from pipelines.training.gauges import RunGauges
 from pipelines.training.ledger import CauseClass, Ledger
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class Monitor:
         """Set by Ctrl-C or SIGTERM."""
         self._run, self._config, self._coordinator, self._ledger = run, config, coordinator, run_ledger
         self._callbacks, self._worker_count, self._lost = callbacks, worker_count, lost
-        self._progress = StepProgress()
+        self._progress, self._gauges = StepProgress(), RunGauges(config.run.name)
         self._status = _StatusFile(run)
         self._stopping = self._waits = False
         self._seen = 0
@@ -244,6 +245,7 @@ class Monitor:
         progress = beat.get("progress", {})
         if progress:
             self._progress.show(progress)
+            self._gauges.set({**beat, **progress, "step": beat["done"]})
         started = self._ledger.events[-1] if self._ledger.open else {}
         waits = bool(started) and beat.get("phase") == "data" and beat["seconds"] > _LONG_WAIT
         if waits and not self._waits:

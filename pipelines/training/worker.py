@@ -38,6 +38,7 @@ from pipelines.evaluation.quick_pq import quick_pq
 from pipelines.storage import Location, set_patience
 from pipelines.tracking.metric_log import MetricLog
 from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.tensorboard import EventFiles
 from pipelines.training import replay
 from pipelines.training.coordinator import DRAIN, RESIZE, STOP, Heartbeat, WarningForwarder
 from pipelines.training.meter import Meter
@@ -181,7 +182,12 @@ class _Worker:
                 saver = Saver(config, self._run.folder, self._run.train.taxonomy)
                 if self._progress.best_step:  # an attempt may have ended after the checkpoint and before best.json
                     saver.mark_best(self._progress.best_step, self._progress.best_quality)
-                metrics = MetricLog(self._job.mlflow_run, self._run.folder, self._progress.unsent)
+                metrics = MetricLog(
+                    self._job.mlflow_run,
+                    self._run.folder,
+                    self._progress.unsent,
+                    event_files=EventFiles(self._run.folder) if config.tracking.tensorboard else None,
+                )
             outcome = self._train(heartbeat, saver, metrics)
             if saver is not None and metrics is not None:
                 self._activity.enter("saving", self._done)
@@ -332,6 +338,8 @@ class _Worker:
                         if best and config.checkpoint.keep_best:
                             saver.mark_best(step, self._progress.best_quality)
                         self._figures["checkpoint"] = saver.saved
+                if due:
+                    self._report()
                 if step == total_steps or early:
                     return {"status": "finished", "early": step < total_steps}
                 if request >= DRAIN:
@@ -446,9 +454,21 @@ class _Worker:
         if metrics is not None:
             metrics.log(step, quality)
             self._job.coordinator.add_event.remote(self._job.attempt, "quick PQ", step=step, **quality)
+        self._figures["quick_pq"] = quality["quick_pq/all"]
         best = self._progress.judge(step, quality["quick_pq/all"])
         early = 0 < config.run.patience <= self._progress.without_best
         return best, early
+
+    def _report(self) -> None:
+        """Report the last figures to Ray Train, for callbacks of its own. All ranks must call it.
+
+        Not at every step: Ray Train takes one report in half a second, and a rank that reports waits for the others.
+        """
+        figures = dict(self._figures.get("progress", {}))
+        if "quick_pq" in self._figures:
+            figures["quick_pq"] = self._figures["quick_pq"]
+        with self._timed.part("checkpoint"):
+            ray.train.report(figures)
 
     def _state(self) -> TrainingState:
         averaged = None if self._averaged is None else self._averaged.state_dict()

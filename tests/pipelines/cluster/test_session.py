@@ -1,6 +1,8 @@
 """Joining Ray: the address decides, a nested session is the outer one, and a wrong address is refused at once."""
 
+import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -37,6 +39,19 @@ def test_an_address_where_nothing_listens_is_refused_in_seconds(prefix: str, mon
     ):
         pass
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8265", "", None])
+def test_the_address_of_the_dashboard_is_told_if_there_is_one(
+    url: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: SimpleNamespace(dashboard_url=url))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    caplog.set_level(logging.INFO)
+    with session.session():
+        assert caplog.messages[1:] == (["Ray's dashboard: http://127.0.0.1:8265"] if url else [])
 
 
 @pytest.mark.ray

@@ -70,7 +70,9 @@ def test_a_new_run_is_named_by_recipe_and_time(named: TrainConfig) -> None:
     assert before <= datetime.strptime(name, "demo-%Y%m%d-%H%M%S") <= datetime.now()
 
 
-def test_remote_storage_needs_a_server_and_no_sample_log(named: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_storage_needs_a_server_and_no_files_that_grow(
+    named: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = with_setting(named, "run.storage", "s3://b/runs")
     with pytest.raises(UserError, match=r"s3://b/runs cannot hold a SQLite file.*--tracking\.uri"):
         resolve(remote)
@@ -78,6 +80,8 @@ def test_remote_storage_needs_a_server_and_no_sample_log(named: TrainConfig, mon
     assert resolve(remote).tracking.uri == "http://host:5000"
     with pytest.raises(UserError, match=r"--run\.sample-log"):
         resolve(with_setting(remote, "run.sample_log", True))
+    with pytest.raises(UserError, match=r"--tracking\.tensorboard .*s3://b/runs.* MLflow has the same curves"):
+        resolve(with_setting(remote, "tracking.tensorboard", True))
 
 
 def test_a_relative_database_is_made_absolute(named: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

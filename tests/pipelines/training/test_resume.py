@@ -23,6 +23,7 @@ from pipelines.config.serialize import from_dict, to_dict
 from pipelines.config.train import TrainConfig
 from pipelines.storage import locate
 from pipelines.training import TrainResult, fit, ledger
+from tests.pipelines.tracking.curves import in_mlflow, in_tensorboard
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -105,7 +106,7 @@ def test_untouched_run_takes_each_sample_once_per_epoch(untouched: TrainResult) 
 
 def test_a_killed_worker_leaves_no_trace(untouched: TrainResult, tiny: TrainConfig, chance: random.Random) -> None:
     """SIGKILL in the second epoch, between checkpoints, at a random step. docs/chaos.md has kills in a row."""
-    config = audited(tiny)
+    config = audited(replace(tiny, tracking=replace(tiny.tracking, tensorboard=True)))
     run = Path(config.run.storage) / config.run.name
     step, victim = chance.choice([11, 12, 13, 16, 17, 18]), chance.randrange(2)
     print(f"killing worker {victim} at step {step}")
@@ -122,6 +123,10 @@ def test_a_killed_worker_leaves_no_trace(untouched: TrainResult, tiny: TrainConf
     # The attempt really was cut off between checkpoints: some steps stand in the log twice.
     assert len(sample_lines(run)) > len(samples_by_step(run))
     assert [event["event"] for event in ledger.read(locate(run))] == ["start", "failure", "start", "end"]
+    shown = in_tensorboard(run)
+    assert shown == in_mlflow(result.mlflow_run)
+    for metric in ("loss/total", "gradient_norm", "images_per_second"):
+        assert [step for step, _ in shown[metric]] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
