@@ -1,17 +1,22 @@
-"""Compute the PQ of a checkpoint on a packed data set, log it to MLflow, and register the model if asked to.
+"""Compute the PQ of a checkpoint or of predictions, write a report, log it to MLflow, register the model if asked to.
 
-python jobs/evaluate.py --checkpoint runs/demo --data runs/demo-data/val
 python jobs/evaluate.py --checkpoint runs/demo@best --data runs/demo-data/val
+python jobs/evaluate.py --checkpoint runs/demo --data runs/demo-data/val --compare runs/other
+python jobs/evaluate.py --predictions results.json --data packed/val2017 --output scores
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
 from pipelines.config.publish import PublishConfig
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.publish import Reported
+    from pipelines.evaluation.result import EvaluationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +26,76 @@ class _Flags:
     """Show the output of Ray and MLflow instead of writing it to a log file."""
 
 
-def main() -> None:
+def main() -> int:
     flags = parse(_Flags, description=__doc__)
     with quiet(flags.verbose):
-        from pipelines.evaluation.publish import publish  # imports Ray, which --help should not
+        from pipelines.evaluation.publish import publish, score  # imports Ray, which --help should not
 
-        published = publish(flags.publish)
-    quality = published.evaluation.quality
-    print(f"\n{'percent':<26}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}")
+        found = publish(flags.publish) if flags.publish.checkpoint else score(flags.publish)
+    evaluation = found.evaluation
+    for line in _table(evaluation):
+        print(line)
+    if found.other is not None:
+        print(_difference(found.other, evaluation))
+    print(f"\n{evaluation.quality.num_images} images; results in {evaluation.output}")
+    if found.report:
+        print(f"report: {found.report}")
+    for line in _records(found, flags.publish):
+        print(line)
+    if found.check is None:
+        return 0
+    agrees = "agrees" if found.check.agrees else "DISAGREES"
+    print(f"panopticapi {agrees}: PQ {100 * found.check.pq:.6f}, largest difference {found.check.difference:.1e}")
+    return 0 if found.check.agrees else 1
+
+
+def _table(evaluation: "EvaluationResult") -> list[str]:
+    quality, intervals = evaluation.quality, evaluation.analysis.intervals
+    lines = [f"\n{'percent':<26}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}   95 % interval of PQ"]
     for name, group in (("all", quality.all), ("things", quality.things), ("stuff", quality.stuff)):
-        print(f"{name:<26}{100 * group.pq:>7.1f}{100 * group.sq:>7.1f}{100 * group.rq:>7.1f}{group.num_classes:>9}")
+        span = f"   {100 * intervals[name].low:.1f} to {100 * intervals[name].high:.1f}" if name in intervals else ""
+        lines.append(
+            f"{name:<26}{_percent(group.pq)}{_percent(group.sq)}{_percent(group.rq)}{group.num_classes:>9}{span}"
+        )
     for name, values in quality.per_class.items():
         if values.tp + values.fp + values.fn:
-            print(f"  {name:<24}{100 * values.pq:>7.1f}{100 * values.sq:>7.1f}{100 * values.rq:>7.1f}")
-    print(f"\n{quality.num_images} images; predictions in {published.evaluation.output}")
-    print(published.mlflow_run)
-    if published.model_version:
-        name, alias = flags.publish.register, flags.publish.alias
-        print(f"registered as models:/{name}/{published.model_version}")
-        newer = published.alias_version != published.model_version
-        print(f"models:/{name}@{alias} {'stays at the newer' if newer else 'is'} version {published.alias_version}")
+            shown = "".join(char if char.isprintable() else "?" for char in name)
+            lines.append(f"  {shown:<24}{_percent(values.pq)}{_percent(values.sq)}{_percent(values.rq)}")
+    lost = {name.removeprefix("lost/"): value for name, value in evaluation.metrics.items() if name.startswith("lost/")}
+    ranked = sorted(lost, key=lambda cause: -lost[cause])
+    lines.append("\nlost: " + ", ".join(f"{cause.replace('_', ' ')} {100 * lost[cause]:.1f}" for cause in ranked))
+    return lines
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:>7.1f}"
+
+
+def _difference(other: "EvaluationResult", evaluation: "EvaluationResult") -> str:
+    from maskformer.analysis.bootstrap import pq_difference
+
+    found = pq_difference(other.per_image_counts, evaluation.per_image_counts, evaluation.taxonomy)
+    return (
+        f"\n{100 * found.value:+.2f} PQ against {other.output}: 95 % interval {100 * found.low:+.2f} to "
+        f"{100 * found.high:+.2f}, p = {found.p_value:.2g}"
+    )
+
+
+def _records(found: "Reported", config: PublishConfig) -> list[str]:
+    """Say where the evaluation was logged, and what was registered."""
+    from pipelines.evaluation.publish import Published
+
+    if not isinstance(found, Published):
+        return []
+    lines = [str(found.mlflow_run)]
+    if found.model_version:
+        newer = found.alias_version != found.model_version
+        lines.append(f"registered as models:/{config.register}/{found.model_version}")
+        lines.append(
+            f"models:/{config.register}@{config.alias} {'stays at the newer' if newer else 'is'} version "
+            f"{found.alias_version}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ def main() -> int:
         print(f"  {name:<24}{100 * quality.pq:>7.1f}{100 * quality.sq:>7.1f}{100 * quality.rq:>7.1f}")
     mlflow_run = report.published.mlflow_run
     print(f"\nrun folder      {report.training.folder}")
-    print(f"predictions     {report.published.evaluation.output}")
+    print(f"report          {report.published.report}")
     print(f"MLflow run      {mlflow_run.run_id}")
     print(f"model version   models:/{MODEL_NAME}@{ALIAS} is version {report.published.model_version}")
-    print(f"look next       mlflow ui --backend-store-uri {mlflow_run.uri}")
+    print(f"look next       the report in a browser; mlflow ui --backend-store-uri {mlflow_run.uri}")
     print(f"PQ {100 * report.published.evaluation.quality.pq:.1f}")
     return 0
 

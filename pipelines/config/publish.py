@@ -27,10 +27,10 @@ class InferenceScaling:
 
     workers: int = 1
     """Processes that run the model, each with one device."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device of each worker: one GPU, or the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of each worker. `auto`: a GPU if there is one for each."""
     cpus_per_worker: float = 0.5
-    """CPUs of each worker, and of each task that reads images. Fractions are allowed."""
+    """CPUs of each worker, and of each task that reads or scores images. Fractions are allowed."""
 
     def __post_init__(self) -> None:
         at_least("scaling", self, workers=1)
@@ -48,17 +48,25 @@ class PublishTracking:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig:
-    """Which checkpoint to evaluate, on which data, and where to register it."""
+    """Which checkpoint or predictions to evaluate, on which data, and where to register the model."""
 
-    checkpoint: str
+    checkpoint: str = ""
     """Checkpoint to evaluate: a path or URI. A run's folder (<storage>/<run name>) for its newest checkpoint; the same
     with @best at the end for the one of the best quick PQ; one of its checkpoints/step_* folders; or a checkpoint of
     mmdetection, detectron2 or Hugging Face."""
+    predictions: str = ""
+    """Instead of a checkpoint, COCO panoptic results of any program: the JSON, or a folder with it and its PNGs."""
     data: str
     """Pack to evaluate on, written by prepare_data.py."""
     output: str = ""
-    """Folder for predictions and metrics. Default: evaluation/<step>-<name of data> in the run's folder, or beside a
-    checkpoint file."""
+    """Folder for predictions, metrics and report.html. The same evaluation continues there after an interruption.
+    Default: evaluation/<step>-<name of data> in the run's folder, or beside a checkpoint file."""
+    compare: str = ""
+    """Compare with this evaluation on the same data: its folder, or the folder of a run that was evaluated on it."""
+    report_images: int = 100
+    """Images in report.html: half of them the worst, half the best. 0 writes no report."""
+    check_with: Literal["nothing", "panopticapi"] = "nothing"
+    """Score the written predictions with the official code too, and say whether both agree."""
     register: str = ""
     """Registered model to which a new version is added. Default: nothing is registered."""
     alias: str = "candidate"
@@ -66,3 +74,14 @@ class PublishConfig:
     panoptic: ThresholdConfig = field(default_factory=ThresholdConfig)
     scaling: InferenceScaling = field(default_factory=InferenceScaling)
     tracking: PublishTracking = field(default_factory=PublishTracking)
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoint) == bool(self.predictions):
+            what = "both" if self.checkpoint else "none"
+            raise ValueError(f"Give either --checkpoint or --predictions, got {what}.")
+        if self.predictions and not self.output:
+            raise ValueError("--predictions needs an --output for the numbers and the report.")
+        if self.predictions and self.register:
+            raise ValueError("--register needs a --checkpoint: predictions have no model.")
+        if self.report_images < 0:
+            raise ValueError(f"report_images must not be below 0, got {self.report_images}.")

@@ -5,7 +5,8 @@ parts/*.jsonl        finished images, a file for each few, until all are finishe
 predictions/*.png    COCO panoptic results, with predictions.json
 images.jsonl         all images, a line of JSON each; the parts are deleted then
 metrics.json         the numbers, written last but for the report
-report.html
+report.html          all numbers, and pictures of some images
+overlays/*.jpg       predictions drawn on some images
 """
 
 import json
@@ -17,10 +18,9 @@ from pipelines.errors import UserError
 from pipelines.evaluation.score import ScoredImage
 from pipelines.storage import Location
 
-IDENTITY, PARTS, PREDICTIONS, IMAGES, METRICS = (
-    "evaluation.json", "parts", "predictions", "images.jsonl", "metrics.json",
-)  # fmt: skip
-_NAMES = (METRICS, IMAGES, "report.html", "predictions.json", PREDICTIONS, PARTS, IDENTITY)
+IDENTITY, PARTS, PREDICTIONS, IMAGES = "evaluation.json", "parts", "predictions", "images.jsonl"
+METRICS, REPORT, OVERLAYS = "metrics.json", "report.html", "overlays"
+_NAMES = (METRICS, IMAGES, REPORT, OVERLAYS, "predictions.json", PREDICTIONS, PARTS, IDENTITY)
 _IMAGES_PER_PART = 32
 
 

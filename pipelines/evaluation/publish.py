@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint, log the result to MLflow, and register the model."""
+"""Evaluate a checkpoint or predictions, write the report, log the result to MLflow, and register the model."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +10,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from maskformer import PanopticConfig
-from maskformer.analysis.bootstrap import pq_intervals
-from maskformer.panoptic_quality import ClassQuality
 from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
@@ -18,9 +17,14 @@ from pipelines.config.publish import PublishConfig, ThresholdConfig
 from pipelines.config.resolve import SQLITE, or_environment, tracking_uri
 from pipelines.config.serialize import to_dict
 from pipelines.data.findings import escaped
-from pipelines.data.manifest import open_pack
+from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import RunFailedError, UserError
-from pipelines.evaluation.evaluate import EvaluationResult, evaluate
+from pipelines.evaluation.compare import open_evaluation
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.official import Check, check_with_panopticapi, require_installed
+from pipelines.evaluation.predictions import evaluate_predictions
+from pipelines.evaluation.report import write_report
+from pipelines.evaluation.result import EvaluationResult
 from pipelines.storage import locate
 from pipelines.tracking import evaluations, quality, registry
 from pipelines.tracking.evaluations import EvaluatedData
@@ -36,21 +40,46 @@ logger = logging.getLogger(__name__)
 _FILES = ("metrics.json", "report.html")
 
 
-@dataclass(frozen=True)
-class Published:
-    """An evaluation, and where it was logged and registered."""
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """An evaluation with its report."""
 
     evaluation: EvaluationResult
+    report: str
+    """Path or URI of the report; empty if none was asked for."""
+    other: EvaluationResult | None
+    """The evaluation compared with, if there is one."""
+    check: Check | None
+    """What panopticapi says, if it was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Reported):
+    """An evaluation of a checkpoint, and where it was logged and registered."""
+
     mlflow_run: TrackedRun
     """The run of the evaluation."""
-    model_version: str
+    model_version: str = ""
     """Empty if the model was not registered."""
     alias_version: str = ""
     """The version that the alias names: this one or, if there is one, a newer one."""
 
 
+def score(config: PublishConfig) -> Reported:
+    """Evaluate predictions and write the report. MLflow is not used.
+
+    Raises:
+        UserError: predictions, data or output cannot be used.
+    """
+    samples, other = _opened(config)
+    evaluation = evaluate_predictions(
+        config.predictions, samples, output=config.output, cpus=config.scaling.cpus_per_worker
+    )
+    return _reported(evaluation, other, config)
+
+
 def publish(config: PublishConfig) -> Published:
-    """Evaluate a checkpoint, log the result to an MLflow run of the evaluation, and register the model if asked to.
+    """Evaluate a checkpoint, write the report, log both to an MLflow run of the evaluation, and register the model.
 
     Each evaluation is a new MLflow run, listed under that of the training if this MLflow has it. If MLflow does not
     accept the result, that is a warning: it is in the output folder.
@@ -59,7 +88,7 @@ def publish(config: PublishConfig) -> Published:
         UserError: checkpoint, data, output or MLflow cannot be used, or MLflow does not allow the name of the model.
         RunFailedError: the model could not be registered after the evaluation.
     """
-    samples = open_pack(config.data)
+    samples, other = _opened(config)
     saved = open_model(config.checkpoint, samples.taxonomy)
     uri = _tracking_uri(config, saved)
     client = connect(uri)
@@ -70,7 +99,8 @@ def publish(config: PublishConfig) -> Published:
         name=locate(samples.uri).name, hash=samples.data_hash, uri=samples.uri, num_images=len(samples)
     )
     output = config.output or str(locate(saved.folder) / "evaluation" / f"{saved.step:08d}-{data.name}")
-    run, model = _start(client, uri, replace(config, output=output), saved, data)
+    training = TrackedRun.find(uri, saved.config.tracking.experiment, saved.folder)
+    run, model = _start(client, uri, replace(config, output=output), saved, data, training)
     try:
         with evaluations.system_metrics(run), session():
             evaluation = evaluate(
@@ -81,16 +111,49 @@ def publish(config: PublishConfig) -> Published:
                 device=config.scaling.device,
                 cpus=config.scaling.cpus_per_worker,
             )
+            history = training.history("quick_pq/all") if training else []
+            reported = _reported(evaluation, other, config, history)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         run.close("KILLED" if stopped else "FAILED", {"cause": one_line(error)})
         raise
+    published = Published(**vars(reported), mlflow_run=run)
     try:
-        _log(run, model, data, evaluation)
-        version = _register(client, run, config, model, data, evaluation) if config.register else Registered("", "")
+        _log(run, model, data, evaluation, saved.step)
+        if config.register:
+            version = _register(client, run, config, model, saved, data, evaluation)
+            published = replace(published, model_version=version.version, alias_version=version.alias_version)
     finally:
         run.close("FINISHED", {})
-    return Published(evaluation, run, version.version, version.alias_version)
+    return published
+
+
+def _opened(config: PublishConfig) -> tuple[PackedSet, EvaluationResult | None]:
+    """Open the data and the evaluation to compare with, and check that panopticapi is there if it is asked for."""
+    if config.check_with == "panopticapi":
+        require_installed()
+    samples = open_pack(config.data)
+    return samples, open_evaluation(config.compare, samples) if config.compare else None
+
+
+def _reported(
+    evaluation: EvaluationResult,
+    other: EvaluationResult | None,
+    config: PublishConfig,
+    history: Sequence[tuple[int, float]] = (),
+) -> Reported:
+    """Check with panopticapi and write the report, if asked to."""
+    check = check_with_panopticapi(evaluation) if config.check_with == "panopticapi" else None
+    report = ""
+    if config.report_images:
+        report = write_report(
+            evaluation,
+            images=config.report_images,
+            other=other,
+            training=history,
+            cpus=config.scaling.cpus_per_worker,
+        )
+    return Reported(evaluation=evaluation, report=report, other=other, check=check)
 
 
 def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
@@ -126,13 +189,17 @@ def _with_thresholds(saved: SavedModel, given: ThresholdConfig) -> SavedModel:
 
 
 def _start(
-    client: MlflowClient, uri: str, config: PublishConfig, saved: SavedModel, data: EvaluatedData
+    client: MlflowClient,
+    uri: str,
+    config: PublishConfig,
+    saved: SavedModel,
+    data: EvaluatedData,
+    training: TrackedRun | None,
 ) -> tuple[TrackedRun, LoggedModel]:
     """Create the MLflow run of an evaluation, and link it with the training, the model and the data."""
-    experiment, folder = saved.config.tracking.experiment, locate(saved.folder)
-    training = TrackedRun.find(uri, experiment, str(folder))
+    experiment = saved.config.tracking.experiment
     if training is not None:
-        training.settle(folder)
+        training.settle(locate(saved.folder))
     about = {**to_dict(config), "panoptic": to_dict(saved.config.panoptic)}
     del about["tracking"]  # the address may have a password
     run = TrackedRun.start(
@@ -154,19 +221,17 @@ def _start(
     return run, model
 
 
-def _log(run: TrackedRun, model: LoggedModel, data: EvaluatedData, evaluation: EvaluationResult) -> None:
+def _log(run: TrackedRun, model: LoggedModel, data: EvaluatedData, evaluation: EvaluationResult, step: int) -> None:
     """Log files and metrics. The metrics come last: who finds them finds the files, too."""
     output = locate(evaluation.output)
-    counts = Quality(
-        data_hash=evaluation.data_hash, taxonomy=evaluation.model.taxonomy, images=_counts_by_image(evaluation)
-    )
+    counts = Quality(data_hash=evaluation.data_hash, taxonomy=evaluation.taxonomy, images=evaluation.per_image_counts)
     files = {name: (output / name).read_bytes() for name in output.names() if name in _FILES}
     run.log_files({**files, quality.FILE: counts.to_bytes()}, evaluations.FOLDER)
     for name in (output / "overlays").names():
         run.log_files({name: (output / "overlays" / name).read_bytes()}, f"{evaluations.FOLDER}/overlays")
     try:
         require_reachable(run.uri)  # the client itself would retry for minutes
-        evaluations.log_metrics(run, model.model_id, data, evaluation.model.step, evaluation.metrics)
+        evaluations.log_metrics(run, model.model_id, data, step, evaluation.metrics)
     except (UserError, MlflowException) as error:
         logger.warning(
             "MLflow did not accept the metrics of run %s; they are in %s: %s", run.run_id, output, one_line(error)
@@ -178,11 +243,11 @@ def _register(
     run: TrackedRun,
     config: PublishConfig,
     model: LoggedModel,
+    saved: SavedModel,
     data: EvaluatedData,
     evaluation: EvaluationResult,
 ) -> Registered:
-    saved, pq = evaluation.model, evaluation.quality
-    intervals = pq_intervals(_counts_by_image(evaluation), saved.taxonomy)
+    pq = evaluation.quality
     try:
         require_reachable(run.uri)
         with current(run.uri):
@@ -192,7 +257,7 @@ def _register(
                 saved,
                 config.register,
                 config.alias,
-                description=model_card(saved, data, pq, intervals),
+                description=model_card(saved, data, pq, evaluation.analysis.intervals),
                 tags={"pq": str(pq.pq), "data_hash": data.hash, "evaluation_run": run.run_id},
             )
     except (UserError, MlflowException) as error:
@@ -200,16 +265,6 @@ def _register(
             f"The model was evaluated but not registered as {config.register}: {one_line(error)} The result is in "
             f"{evaluation.output}. The same command tries again."
         ) from error
-
-
-def _counts_by_image(evaluation: EvaluationResult) -> dict[int | str, dict[int, ClassQuality]]:
-    """Return each image's contribution to PQ by category id, for the classes that are present or predicted in it."""
-    return {
-        image_id: {
-            counts.category_id: counts for counts in result.per_class.values() if counts.tp + counts.fp + counts.fn
-        }
-        for image_id, result in evaluation.per_image.items()
-    }
 
 
 def _or(given: float | None, default: float) -> float:

@@ -11,6 +11,7 @@ from maskformer.analysis.lrp import class_lrp
 from maskformer.analysis.summary import Analysis
 from maskformer.panoptic_quality import panoptic_result
 from pipelines.cluster.session import session
+from pipelines.evaluation.folder import OVERLAYS, REPORT
 from pipelines.evaluation.pictures import Pictures, draw_pictures
 from pipelines.evaluation.report_page import content, page
 from pipelines.evaluation.result import EvaluationResult
@@ -18,7 +19,8 @@ from pipelines.evaluation.score import ScoredImage
 from pipelines.progress import progress
 from pipelines.storage import locate
 
-REPORT = "report.html"
+_OVERLAYS = 16
+"""Predictions that are written as files too, from both ends of the images."""
 
 
 def write_report(
@@ -53,7 +55,11 @@ def write_report(
     with session():
         drawn = draw_pictures(evaluation, other, [int(e.image_id) for e in shown], content.CAUSE_COLORS, cpus)
         pictures = {each.image_id: each for each in progress(drawn, len(shown), "images drawn")}
-    file = locate(evaluation.output) / REPORT
+    folder = locate(evaluation.output)
+    (folder / OVERLAYS).delete()
+    for entry in _both_ends(shown, _OVERLAYS):
+        (folder / OVERLAYS / f"{entry.image_id}.jpg").write_bytes(pictures[int(entry.image_id)].prediction)
+    file = folder / REPORT
     file.write_bytes(
         page(
             content.Content(
@@ -79,7 +85,10 @@ def _chosen(entries: list[content.ImageEntry], count: int) -> list[content.Image
     def key(entry: content.ImageEntry) -> float:
         return entry.pq if math.isnan(entry.other_pq) else entry.pq - entry.other_pq
 
-    ordered = sorted((entry for entry in entries if not math.isnan(key(entry))), key=key)
+    return _both_ends(sorted((entry for entry in entries if not math.isnan(key(entry))), key=key), count)
+
+
+def _both_ends(ordered: list[content.ImageEntry], count: int) -> list[content.ImageEntry]:
     if len(ordered) <= count:
         return ordered
     return [*ordered[: -(-count // 2)], *ordered[len(ordered) - count // 2 :]]

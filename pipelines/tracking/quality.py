@@ -20,7 +20,7 @@ class Quality:
     data_hash: str
     """Hash of the evaluated pack."""
     taxonomy: Taxonomy
-    images: Mapping[int | str, Mapping[int, ClassQuality]]
+    images: Mapping[int, Mapping[int, ClassQuality]]
     """By image id and category id, for the classes that are present or predicted in the image."""
 
     def to_bytes(self) -> bytes:

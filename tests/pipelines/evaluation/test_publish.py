@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_USER
 
 from maskformer import PanopticConfig, build_model
-from maskformer.panoptic_quality import PanopticQuality
+from maskformer.analysis.image import analyze_image
+from maskformer.analysis.summary import summarize
 from maskformer.taxonomy import Taxonomy
 from pipelines.checkpoints import state as checkpoint
 from pipelines.checkpoints.saved_model import SavedModel
@@ -27,8 +28,9 @@ from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import RunFailedError, UserError
 from pipelines.evaluation import publish as publishing
-from pipelines.evaluation.evaluate import EvaluationResult
 from pipelines.evaluation.publish import Published, publish
+from pipelines.evaluation.result import EvaluationResult
+from pipelines.evaluation.score import ScoredImage
 from pipelines.storage import locate
 from pipelines.tracking.gate import promote
 from pipelines.tracking.runs import TrackedRun
@@ -54,6 +56,7 @@ class Trained:
         return PublishConfig(
             checkpoint=str(self.storage / "run"),
             data=data,
+            report_images=0,
             scaling=InferenceScaling(cpus_per_worker=0.5),
             **settings,
         )
@@ -107,13 +110,18 @@ class FakeEvaluation:
         folder = locate(output)
         for name, content in {"metrics.json": b"{}", **self.files}.items():
             (folder / name).write_bytes(content)
-        quality, images = PanopticQuality(saved.taxonomy), {}
-        for image_id in samples.image_ids.tolist():
-            alone = PanopticQuality(saved.taxonomy)
-            alone.update(*pair(saved.taxonomy, good=image_id % 3 > 0), image_id)
-            images[image_id] = alone.result()
-            quality.merge(alone)
-        return EvaluationResult(quality.result(), images, str(folder), saved, samples.data_hash)
+        images = [
+            ScoredImage("", [], analyze_image(*pair(saved.taxonomy, good=image_id % 3 > 0), saved.taxonomy, image_id))
+            for image_id in samples.image_ids.tolist()
+        ]
+        return EvaluationResult(
+            analysis=summarize([image.analysis for image in images], saved.taxonomy, draws=100),
+            images=images,
+            output=str(folder),
+            png_folder="",
+            data=samples,
+            model=saved,
+        )
 
 
 def pair(taxonomy: Taxonomy, good: bool) -> tuple[Any, Any]:
