@@ -100,6 +100,7 @@ def publish(config: PublishConfig) -> Published:
     )
     output = config.output or str(locate(saved.folder) / "evaluation" / f"{saved.step:08d}-{data.name}")
     training = TrackedRun.find(uri, saved.config.tracking.experiment, saved.folder)
+    history = training.history("quick_pq/all") if training else []
     run, model = _start(client, uri, replace(config, output=output), saved, data, training)
     try:
         with evaluations.system_metrics(run), session():
@@ -111,7 +112,6 @@ def publish(config: PublishConfig) -> Published:
                 device=config.scaling.device,
                 cpus=config.scaling.cpus_per_worker,
             )
-            history = training.history("quick_pq/all") if training else []
             reported = _reported(evaluation, other, config, history)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
