@@ -11,6 +11,8 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from mlflow.artifacts import download_artifacts
+from mlflow.data import get_source
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_USER
@@ -143,6 +145,12 @@ def run_of(published: Published) -> Run:
     return MlflowClient(published.mlflow_run.uri).get_run(published.mlflow_run.run_id)
 
 
+def model_of(run: Run) -> str:
+    assert run.inputs
+    (model,) = run.inputs.model_inputs
+    return model.model_id
+
+
 def test_an_evaluation_is_linked_with_training_model_and_data(
     trained: Trained, packs: dict[str, str], fake: FakeEvaluation
 ) -> None:
@@ -161,12 +169,12 @@ def test_an_evaluation_is_linked_with_training_model_and_data(
     after = client.get_run(trained.training.run_id).to_dictionary()
     assert after == before  # nothing is written into the run of the training
 
+    assert run.inputs
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("val", samples.data_hash[:16])
     assert json.loads(dataset.dataset.profile or "") == {"num_images": 12, "hash": samples.data_hash}
-    assert mlflow.data.get_source(dataset.dataset).to_dict() == {"uri": samples.uri}  # pyright: ignore[reportAttributeAccessIssue]
-    (used,) = run.inputs.model_inputs
-    model = client.get_logged_model(used.model_id)
+    assert get_source(dataset.dataset).to_dict() == {"uri": samples.uri}
+    model = client.get_logged_model(model_of(run))
     assert model.source_run_id == trained.training.run_id
     assert model.params["panoptic.score_threshold"] == "0.5"
     assert published.evaluation.metrics
@@ -197,9 +205,9 @@ def test_each_evaluation_is_a_run_and_each_model_is_one(
     runs = [run_of(publish(trained.config(data))) for data in (packs["val"], packs["val"], packs["train"])]
     stricter = run_of(publish(trained.config(packs["val"], panoptic=ThresholdConfig(overlap_threshold=0.5))))
     assert len({run.info.run_id for run in [*runs, stricter]}) == 4
-    models = [run.inputs.model_inputs[0].model_id for run in runs]
+    models = [model_of(run) for run in runs]
     assert len(set(models)) == 1
-    assert stricter.inputs.model_inputs[0].model_id != models[0]
+    assert model_of(stricter) != models[0]
     points = MlflowClient(trained.uri).get_logged_model(models[0]).metrics or []
     assert {point.dataset_name for point in points if point.key == "pq/all"} == {"val", "train"}
 
@@ -330,7 +338,7 @@ def test_the_evaluated_model_is_registered(trained: Trained, packs: dict[str, st
     assert version.tags["pq"] == str(published.evaluation.quality.pq)
     mlflow.set_tracking_uri(trained.uri)
     try:
-        copy = Path(mlflow.artifacts.download_artifacts("models:/shapes@candidate", dst_path=str(trained.storage)))
+        copy = Path(download_artifacts("models:/shapes@candidate", dst_path=str(trained.storage)))
     finally:
         mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType] -- None unsets it
     about = json.loads(next(copy.rglob("about.json")).read_text())

@@ -141,7 +141,7 @@ def test_repeated_rollbacks_go_further_back(sqlite: str, name: str) -> None:
     assert ask(sqlite, name, rollback=True).version == versions[0]
 
 
-def test_an_overtaken_promotion_is_compared_anew(uri: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overtaken_promotion_is_compared_anew(sqlite: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both compare with the first version; the worse one is held before it changes anything, until the other is in."""
     first, good, best = (evaluated_version(sqlite, name, good) for good in (0, 20, 40))
     ask(sqlite, name, version=int(first))

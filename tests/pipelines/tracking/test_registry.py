@@ -170,7 +170,9 @@ def test_a_version_loads_without_this_repository(
     np.testing.assert_array_equal(pixels(png), segmented(second, image.pixels)[0])
 
     # Thresholds are parameters, with those that were evaluated as defaults.
-    assert loaded.metadata.get_params_schema().to_dict() == [
+    schema = loaded.metadata.get_params_schema()
+    assert schema
+    assert schema.to_dict() == [
         {"name": "score_threshold", "type": "double", "default": 0.0, "shape": None},
         {"name": "overlap_threshold", "type": "double", "default": 0.25, "shape": None},
     ]
