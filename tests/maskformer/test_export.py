@@ -174,7 +174,6 @@ def test_weights_beyond_the_limit_of_onnx_go_into_a_second_file(
         ("small", "a.onnx", "torch-export", None, r"ends in \.pt2"),
         ("small", "taken.onnx", "onnx", None, r"taken\.onnx already exists"),
         ("small", "half.pt2", "torch-export", None, r"half\.pt2\.json already exists"),
-        ("small", "a.onnx", "caffe", None, "no format 'caffe' to export"),
     ],
 )
 def test_what_cannot_be_written(
