@@ -68,8 +68,8 @@ class MetricLog:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._run, self._capacity = run, capacity
         self._event_files = event_files
-        accepted = () if event_files is None else (event_files.add,)
-        self._sender, self._unsent = Sender(run.uri, run.run_id, *accepted), Unsent(folder)
+        self._sender = Sender(run.uri, run.run_id, event_files.add if event_files else None)
+        self._unsent = Unsent(folder)
         self._changed = threading.Condition()  # guards the next three
         self._points = [Metric(**point) for point in points]
         self._deadline: float | None = None

@@ -126,13 +126,14 @@ class Sender:
     That holds when a request was accepted and only its answer was lost: after an error, what the run has is asked anew.
     """
 
-    def __init__(self, uri: str, run_id: str, has: Callable[[Sequence[Metric]], None] = lambda points: None) -> None:
+    def __init__(self, uri: str, run_id: str, accepted: Callable[[Sequence[Metric]], None] | None = None) -> None:
         """Prepare to send.
 
         Args:
-            has: called with points that the run has, those of a metric in their order. Points may come several times.
+            accepted: called with points that the run has, also those of before; a point may come several times.
         """
-        self._uri, self._run_id, self._has = uri, run_id, has
+        self._uri, self._run_id = uri, run_id
+        self._accepted = accepted or (lambda points: None)
         self._client: MlflowClient | None = None
         self._logged: dict[str, set[int]] = {}
 
@@ -155,7 +156,7 @@ class Sender:
             self._client = self._client or MlflowClient(self._uri)  # creates the tables of a new database
             fresh = [point for point in points if self._is_fresh(self._client, point)]
             self._client.log_batch(self._run_id, metrics=fresh)
-            self._has(fresh)
+            self._accepted(fresh)
             return ""
         except Exception as error:
             self._logged.clear()
@@ -170,7 +171,7 @@ class Sender:
     def _is_fresh(self, client: MlflowClient, point: Metric) -> bool:
         if point.key not in self._logged:
             history = client.get_metric_history(self._run_id, point.key)
-            self._has(history)
+            self._accepted(history)
             self._logged[point.key] = {logged.step for logged in history}
         steps = self._logged[point.key]
         if point.step in steps:
