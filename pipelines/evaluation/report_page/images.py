@@ -102,7 +102,7 @@ def _figure(image: ImageEntry, classes: Sequence[ClassRow], place: int, rank: in
     numbers += [f"image {text(image.image_id)}", f"{image.width} × {image.height}"]
     yield f"</div><figcaption><strong><bdi>{text(image.file_name)}</bdi></strong> <span>{' · '.join(numbers)}</span>"
     lost = causes(image.loss)
-    bar = loss_bar(image.loss, kept=max(1 - image.loss.total, 0))
+    bar = loss_bar(image.loss, kept=0.0 if math.isnan(image.pq) else image.pq)
     yield f'<div class="loss">{bar}<span>{"lost: " + lost if lost else "nothing lost"}</span></div>'
     present = sorted(image.classes, key=lambda each: (math.isnan(each.pq), each.pq))
     named = (f"<bdi>{text(classes[each.class_index].name)}</bdi>&nbsp;{percent(each.pq)}" for each in present)
