@@ -112,8 +112,12 @@ def _figure(image: ImageEntry, classes: Sequence[ClassRow], place: int, rank: in
 def _causes(loss: Loss) -> str:
     """Return causes with their points, the largest first; those below 0.05 points are left out."""
     parts = loss.by_cause
-    ranked = (cause for cause in sorted(CAUSES, key=lambda cause: -parts[cause]) if parts[cause] >= 0.0005)
-    return ", ".join(f"{swatch(cause)}&nbsp;{CAUSE_NAMES[cause]} {percent(parts[cause])}" for cause in ranked)
+    ranked = sorted(CAUSES, key=lambda cause: -parts[cause])
+    return ", ".join(
+        f"{swatch(cause)}&nbsp;{CAUSE_NAMES[cause]} {percent(parts[cause])}"
+        for cause in ranked
+        if parts[cause] >= 0.0005
+    )
 
 
 def _dialog(images: Sequence[ImageEntry]) -> Iterator[str]:
