@@ -2,7 +2,7 @@
 
 import math
 
-from pipelines.evaluation.report_page.content import CAUSES, Cause, Interval, Loss
+from pipelines.evaluation.report_page.content import Cause, Interval
 
 NONE = "–"
 
@@ -48,10 +48,3 @@ def p_value(value: float) -> str:
     if math.isnan(value):
         return NONE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def causes(loss: Loss) -> str:
-    """Return causes with their points, the largest first; those below 0.05 points are left out."""
-    parts = loss.by_cause
-    ranked = sorted(CAUSES, key=lambda cause: -parts[cause])
-    return ", ".join(f"{CAUSE_NAMES[cause]} {percent(parts[cause])}" for cause in ranked if parts[cause] >= 0.0005)

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from pipelines.evaluation.report_page.charts import loss_bar, swatch
-from pipelines.evaluation.report_page.content import CAUSES, ClassRow, Content, ImageEntry, Picture
-from pipelines.evaluation.report_page.formats import CAUSE_NAMES, causes, percent, signed
+from pipelines.evaluation.report_page.content import CAUSES, ClassRow, Content, ImageEntry, Loss, Picture
+from pipelines.evaluation.report_page.formats import CAUSE_NAMES, percent, signed
 from pipelines.page import jpeg_address, text
 
 PAGE_SIZE = 10
@@ -101,12 +101,23 @@ def _figure(image: ImageEntry, classes: Sequence[ClassRow], place: int, rank: in
         numbers += [f"the other {percent(image.other_pq)}", f"difference {signed(image.pq - image.other_pq)}"]
     numbers += [f"image {text(image.image_id)}", f"{image.width} × {image.height}"]
     yield f"</div><figcaption><strong><bdi>{text(image.file_name)}</bdi></strong> <span>{' · '.join(numbers)}</span>"
-    lost = causes(image.loss)
-    bar = loss_bar(image.loss, kept=max(1 - image.loss.total, 0))
+    lost = _causes(image.loss)
+    bar = loss_bar(image.loss, kept=0.0 if math.isnan(image.pq) else image.pq)
     yield f'<div class="loss">{bar}<span>{"lost: " + lost if lost else "nothing lost"}</span></div>'
     present = sorted(image.classes, key=lambda each: (math.isnan(each.pq), each.pq))
     named = (f"<bdi>{text(classes[each.class_index].name)}</bdi>&nbsp;{percent(each.pq)}" for each in present)
     yield f"<p>{', '.join(named)}</p></figcaption></figure>"
+
+
+def _causes(loss: Loss) -> str:
+    """Return causes with their points, the largest first; those below 0.05 points are left out."""
+    parts = loss.by_cause
+    ranked = sorted(CAUSES, key=lambda cause: -parts[cause])
+    return ", ".join(
+        f"{swatch(cause)}&nbsp;{CAUSE_NAMES[cause]} {percent(parts[cause])}"
+        for cause in ranked
+        if parts[cause] >= 0.0005
+    )
 
 
 def _dialog(images: Sequence[ImageEntry]) -> Iterator[str]:

@@ -52,10 +52,11 @@ def _body(content: Content) -> Iterator[str]:
         yield "<p>Difference: this run minus the other, on the same images.</p>"
         yield from comparison_table(content.summary, content.other)
         yield "</section>"
-    yield "<section><h2>Where PQ is lost</h2>"
-    yield f"<p>Points of PQ by cause and size of the segment; with PQ they add up to 100. {text(content.sizes)}</p>"
-    yield from loss_tables(content.lost)
-    yield "</section>"
+    if content.lost:
+        yield "<section><h2>Where PQ is lost</h2>"
+        yield f"<p>Points of PQ by cause and size of the segment; with PQ they add up to 100. {text(content.sizes)}</p>"
+        yield from loss_tables(content.lost)
+        yield "</section>"
     yield from _charts(content)
     yield "<section><h2>Classes</h2>"
     shown = {each.class_index for image in content.images for each in image.classes}

@@ -95,7 +95,12 @@ function list() {
   const missing = value => (Number.isFinite(value) ? 0 : 1);
   ranked.sort(([a], [b]) => missing(a) - missing(b) || sign * (a - b) || 0);
   listed = ranked.map(([, figure]) => figure);
-  count.value = `${listed.length} of ${figures.length} images`;
+  let by = "";
+  if (order.value === "worst" || order.value === "best") {
+    if (cause.value !== "") by = ", by points lost to this error";
+    else if (chosen.value !== "") by = ", by PQ of this class";
+  }
+  count.value = `${listed.length} of ${figures.length} images${by}`;
   show(0);
 }
 

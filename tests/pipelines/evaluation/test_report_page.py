@@ -427,7 +427,7 @@ def test_orders_and_filters_of_images(opened: Open) -> None:
         choose(shown, "imageFilter", cause="missed")
         assert set(shown.evaluate(listed)) == {place for place, each in found.items() if "missed" in each.causes}
     count = shown.evaluate("imageFilter.elements.count.value")
-    assert count == f"{len(shown.evaluate(listed))} of {len(everything)} images"
+    assert count == f"{len(shown.evaluate(listed))} of {len(everything)} images, by points lost to this error"
 
 
 def classes_of(content: Content, place: int) -> tuple[ClassOfImage, ...]:
