@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArra
     import av  # an extra
     from av.error import FFmpegError
 
-    content: Any = io.BytesIO(locate(source).read_bytes()) if is_remote(source) else open(source, "rb")  # noqa: SIM115
+    content: BinaryIO = io.BytesIO(locate(source).read_bytes()) if is_remote(source) else open(source, "rb")  # noqa: SIM115
     with content:
         try:
             with av.open(content, "r", options=_NO_PROTOCOLS) as container:

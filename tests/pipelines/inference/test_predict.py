@@ -107,6 +107,15 @@ def test_a_few_pictures(run: Callable[..., PredictResult], model: Segmenter, tmp
     assert_right(tmp_path / "out", model, {**sources, "c.png": tmp_path / "in" / "c.png"})
 
 
+def test_pictures_of_extreme_shapes(run: Callable[..., PredictResult], model: Segmenter, tmp_path: Path) -> None:
+    """A JPEG cannot be wider than 65,500 pixels."""
+    picture(0, (2, 66_000)).save(tmp_path / "wide.png")
+    picture(1, (1, 1)).save(tmp_path / "one.png")
+    assert run("wide.png", "one.png").failed == []
+    assert Image.open(tmp_path / "out" / "panoptic" / "wide.png.png").size == (66_000, 2)
+    assert Image.open(tmp_path / "out" / "overlays" / "wide.png.jpg").width <= 16_384
+
+
 def test_only_what_is_asked_for_is_written(run: Callable[..., PredictResult], tmp_path: Path) -> None:
     fill(tmp_path / "in", 1)
     run("in", output="pngs", write=WriteConfig(overlays=False, json=False))
