@@ -190,7 +190,7 @@ def test_on_ray_every_file_is_the_same(
     ray_session: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Pictures of an object store, with a corrupt one, and a video; the results go to the store."""
-    monkeypatch.setattr("pipelines.inference.predict.FEW", 100)
+    monkeypatch.setattr("pipelines.inference.driver.FEW", 100)
     fill(tmp_path / "in", 12)
     (tmp_path / "in" / "05.png").write_bytes(b"\x89PNG\r\n")
     for path in (tmp_path / "in").iterdir():
@@ -201,7 +201,7 @@ def test_on_ray_every_file_is_the_same(
         here = run("in", output="here")
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr("pipelines.inference.predict.FEW", 0)
+    monkeypatch.setattr("pipelines.inference.driver.FEW", 0)
     there = run(f"{bucket}/in", output=f"{bucket}/out", scaling=PredictScaling(workers=1, device="cpu"))
     assert (there.done, len(there.failed)) == (here.done, len(here.failed)) == (11, 1)
     assert "05.png cannot be decoded" in there.failed[0]["reason"]
