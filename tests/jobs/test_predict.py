@@ -96,7 +96,7 @@ def test_a_killed_prediction_continues(
     assert result.before > 0
     assert result.done + result.before == NUM_PICTURES
 
-    monkeypatch.setattr("pipelines.inference.predict.FEW", NUM_PICTURES)
+    monkeypatch.setattr("pipelines.inference.driver.FEW", NUM_PICTURES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on Ray
     try:

@@ -54,6 +54,29 @@ def test_outlines_are_the_pixels_next_to_another_segment(shape: tuple[int, int])
         assert np.array_equal(outlines(ids), slow_outline(ids))
 
 
+@pytest.mark.parametrize("width", [2, 3])
+def test_wide_outlines_reach_further(width: int) -> None:
+    numbers = np.random.default_rng(0).integers(0, 3, (4, 5)).repeat(5, 0).repeat(5, 1)
+    expected = np.zeros(numbers.shape, bool)
+    for (y, x), number in np.ndenumerate(numbers):
+        for step in range(1, width + 1):
+            for at in ((y - step, x), (y + step, x), (y, x - step), (y, x + step)):
+                if min(at) >= 0 and at[0] < 20 and at[1] < 25 and numbers[at] != number:
+                    expected[y, x] = number != 0
+    assert np.array_equal(outlines(numbers, width), expected)
+
+
+def test_large_pictures_are_painted_as_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, ids, segments = scene(3, (70, 90))
+    whole = overlay(image, ids, segments, TAXONOMY)
+    monkeypatch.setattr("maskformer.draw._STRIP_PIXELS", 1000)
+    assert np.array_equal(overlay(image, ids, segments, TAXONOMY), whole)
+    monkeypatch.setattr("maskformer.draw._NAMING_SIDE", 30)
+    assert not np.array_equal(overlay(image, ids, segments, TAXONOMY), paint(image, ids, segments, TAXONOMY))
+    for size in ((1, 5000), (5000, 1), (1100, 3)):
+        assert overlay(*scene(0, size), TAXONOMY).shape == (*size, 3)
+
+
 def test_void_stays_and_every_segment_has_its_color() -> None:
     image, ids, segments = scene()
     before = image.copy()

@@ -107,6 +107,15 @@ def test_a_few_pictures(run: Callable[..., PredictResult], model: Segmenter, tmp
     assert_right(tmp_path / "out", model, {**sources, "c.png": tmp_path / "in" / "c.png"})
 
 
+def test_pictures_of_extreme_shapes(run: Callable[..., PredictResult], model: Segmenter, tmp_path: Path) -> None:
+    """A JPEG cannot be wider than 65,500 pixels."""
+    picture(0, (2, 66_000)).save(tmp_path / "wide.png")
+    picture(1, (1, 1)).save(tmp_path / "one.png")
+    assert run("wide.png", "one.png").failed == []
+    assert Image.open(tmp_path / "out" / "panoptic" / "wide.png.png").size == (66_000, 2)
+    assert Image.open(tmp_path / "out" / "overlays" / "wide.png.jpg").width <= 16_384
+
+
 def test_only_what_is_asked_for_is_written(run: Callable[..., PredictResult], tmp_path: Path) -> None:
     fill(tmp_path / "in", 1)
     run("in", output="pngs", write=WriteConfig(overlays=False, json=False))
@@ -181,7 +190,7 @@ def test_on_ray_every_file_is_the_same(
     ray_session: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Pictures of an object store, with a corrupt one, and a video; the results go to the store."""
-    monkeypatch.setattr("pipelines.inference.predict.FEW", 100)
+    monkeypatch.setattr("pipelines.inference.driver.FEW", 100)
     fill(tmp_path / "in", 12)
     (tmp_path / "in" / "05.png").write_bytes(b"\x89PNG\r\n")
     for path in (tmp_path / "in").iterdir():
@@ -192,7 +201,7 @@ def test_on_ray_every_file_is_the_same(
         here = run("in", output="here")
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr("pipelines.inference.predict.FEW", 0)
+    monkeypatch.setattr("pipelines.inference.driver.FEW", 0)
     there = run(f"{bucket}/in", output=f"{bucket}/out", scaling=PredictScaling(workers=1, device="cpu"))
     assert (there.done, len(there.failed)) == (here.done, len(here.failed)) == (11, 1)
     assert "05.png cannot be decoded" in there.failed[0]["reason"]
