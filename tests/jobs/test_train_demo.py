@@ -37,8 +37,10 @@ def test_demo_goes_the_whole_way(
     run = client.get_run(re.findall(r"MLflow run +(\w+)", printed)[0])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["pq/all"] == metrics["metrics"]["pq/all"]
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "quick_pq/all")] == [2, 4]
-    assert run.data.params["run.global_batch"] == "8"
+    training = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert training.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(training.info.run_id, "quick_pq/all")] == [2, 4]
+    assert training.data.params["run.global_batch"] == "8"
 
     # Once more: everything is there, and the result is the same.
     assert train_demo.main() == 0
