@@ -55,7 +55,7 @@ class PublishConfig:
     with @best at the end for the one of the best quick PQ; one of its checkpoints/step_* folders; or a checkpoint of
     mmdetection, detectron2 or Hugging Face."""
     predictions: str = ""
-    """Instead of a checkpoint, COCO panoptic results of any program: the JSON, or a folder with it and its PNGs."""
+    """COCO panoptic results to evaluate instead of a checkpoint. The JSON, or a folder with it and its PNGs."""
     data: str
     """Pack to evaluate on, written by prepare_data.py."""
     output: str = ""

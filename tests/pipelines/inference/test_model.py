@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
 from maskformer import PanopticConfig, Taxonomy
 from pipelines.checkpoints.saved_model import SavedModel
@@ -14,7 +15,9 @@ from pipelines.data.synthetic import CATEGORIES
 from pipelines.errors import UserError
 from pipelines.inference.model import fingerprint, open_segmenter
 from pipelines.tracking import registry
+from pipelines.tracking.logged_model import logged_model
 from pipelines.tracking.runs import TrackedRun
+from pipelines.tracking.server import current
 from tests.checkpoints import saved, untrained
 
 TAXONOMY = Taxonomy.from_coco(CATEGORIES)
@@ -27,7 +30,10 @@ def test_a_registered_model(tiny: TrainConfig, tmp_path: Path, monkeypatch: pyte
     config, model = untrained(tiny)
     run = TrackedRun.open(uri, "experiment", "run", "/runs/run", {})
     in_memory = SavedModel("/runs/run/checkpoints/step_00000005", 5, model.state_dict(), config, TAXONOMY)
-    registry.register(in_memory, run, "shapes", "best", {"pq/all": 0.25})
+    client = MlflowClient(uri)
+    with current(uri):
+        logged = logged_model(client, in_memory, client.get_run(run.run_id).info.experiment_id, run.run_id)
+        registry.register(client, logged, in_memory, "shapes", "best", description="card", tags={})
 
     expected = saved(tiny, TAXONOMY, tmp_path / "run")
     found, source = open_segmenter("models:/shapes@best", ThresholdConfig(), uri)

@@ -20,7 +20,7 @@ DATA = EvaluatedData(name="val", hash="a1" * 32, uri="/data/val", num_images=IMA
 OTHER_DATA = EvaluatedData(name="test", hash="b2" * 32, uri="/data/test", num_images=IMAGES)
 
 
-def counts(good: int) -> dict[int | str, dict[int, ClassQuality]]:
+def counts(good: int) -> dict[int, dict[int, ClassQuality]]:
     """Return counts of images, in each of which one of two discs and the sky are found; in `good` of them both discs.
 
     PQ is that of hand: for 0 good ones, discs have TP 1, FN 1 in each image at IoU 0.75, sky TP 1.
