@@ -62,7 +62,7 @@ class PublishConfig:
     """Folder for predictions, metrics and report.html. The same evaluation continues there after an interruption.
     Default: evaluation/<step>-<name of data> in the run's folder, or beside a checkpoint file."""
     compare: str = ""
-    """Compare with this evaluation on the same data: its folder, or the folder of a run that was evaluated on it."""
+    """Evaluation on the same data to compare with. Its folder, or that of a run that was evaluated on this data."""
     report_images: int = 100
     """Images in report.html: half of them the worst, half the best. 0 writes no report."""
     check_with: Literal["nothing", "panopticapi"] = "nothing"
