@@ -188,6 +188,10 @@ def test_a_version_loads_without_this_repository(
     with pytest.raises(MlflowException, match="image of row 1 cannot be read"):
         loaded.predict({"image": [image.path.read_bytes(), b"no image"]})
 
+    # The device can be chosen, here one on which nothing is computed.
+    elsewhere = mlflow.pyfunc.load_model(f"models:/{NAME}@{ALIAS}", model_config={"device": "meta"})
+    assert {weight.device.type for weight in elsewhere.unwrap_python_model()._model.parameters()} == {"meta"}
+
     # The example is an image that the model segments.
     example = loaded.metadata.load_input_example(download_artifacts(f"models:/{NAME}@{ALIAS}"))
     (png,) = loaded.predict(example)["png"]
