@@ -47,7 +47,9 @@ def predict(config: PredictConfig) -> PredictResult:
     inputs = Inputs(config.input, config.output)
     total, few = _survey(inputs, config.every)
     segmenter, source = open_segmenter(config.checkpoint, config.panoptic, config.tracking.uri)
-    read = Read(segmenter.short_side, segmenter.long_side, config.every, keep_file=config.write.overlays)
+    read = Read(
+        segmenter.short_side, segmenter.long_side, config.every, keep_file=config.write.overlays, stores=inputs.stores
+    )
     folder = locate(config.output)
     write = Write(folder, segmenter.taxonomy, config.write.overlays, config.write.pngs)
     failed: list[dict[str, str]] = []

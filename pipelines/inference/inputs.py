@@ -67,7 +67,11 @@ class Inputs:
         if all(root.kind == "missing" for root in self._roots):
             names = ", ".join(escaped(root.uri) for root in self._roots[:5])
             raise UserError(f"There is nothing at {names}. Name existing pictures, folders or s3:// prefixes.")
-        self._base = common_folder([folder for root in self._roots for folder in _folders(root)])
+        folders = [folder for root in self._roots for folder in _folders(root)]
+        self._base = common_folder(folders)
+        buckets = {f"{folder[0]}//{folder[1]}" for folder in folders if folder[0].endswith(":")}
+        self.stores = {bucket: locate(bucket) for bucket in buckets}
+        """The object stores with inputs, by the beginning of their URIs. Workers open objects through these."""
 
     def __iter__(self) -> Iterator[Item]:
         for root in self._roots:

@@ -1,6 +1,7 @@
 """Opening the model of a command line: of a run, of another program, or of MLflow's registry."""
 
 import hashlib
+import os
 import tempfile
 
 import torch
@@ -55,16 +56,22 @@ def _registered(uri: str, tracking_uri: str) -> weights.Weights:
         raise UserError(
             f"{uri} is in an MLflow registry. Set it by --tracking.uri or ${facts('tracking.uri').variable}."
         )
-    from mlflow.artifacts import download_artifacts  # takes seconds, and few need it
+    import mlflow  # takes seconds, and few need it
+    from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    # MLflow looks aliases up in the registry of the process, whatever it is told; as in `registry.register`.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(store)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder = download_artifacts(uri, dst_path=scratch, tracking_uri=store)
+            folder = download_artifacts(uri, dst_path=scratch)
             found = checkpoint.read(folder)
         except (MlflowException, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"{uri} cannot be loaded from {store}: {reason}. Check name, alias and registry."
             ) from error
+        finally:
+            mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] -- None unsets it, which the annotation omits
     return weights.Weights(uri, found.tensors, found.about)

@@ -11,9 +11,9 @@ A row is a picture on its way, whether it can be read or not:
 import io
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,8 @@ class Read:
     every: int
     keep_file: bool
     """Whether overlays will be drawn."""
+    stores: Mapping[str, Location] = field(default_factory=dict)
+    """Object stores by the beginning of their URIs, `s3://bucket`."""
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for item in table.to_pylist():
@@ -89,11 +91,12 @@ class Read:
         try:
             with patience(_PATIENCE):
                 if not item["video"]:
-                    file = _content(source)
+                    with self._open(source) as opened:
+                        file = opened.read()
                     yield self._read(item, item["name"], -1, file, read_image(file, name=escaped(source)))
                     return
                 done = set(item["done"])
-                for number, pixels in frames(source, escaped(source), self.every):
+                for number, pixels in frames(self._open(source), escaped(source), self.every):
                     count += 1
                     if number not in done:
                         name = f"{item['name']}/frame_{number:08d}"
@@ -105,6 +108,18 @@ class Read:
             yield {**_row(item, item["name"]), "reason": str(error)}
         except OSError as error:
             yield {**_row(item, item["name"]), "reason": f"{escaped(source)} cannot be read: {error.strerror}."}
+
+    def _open(self, source: str) -> BinaryIO:
+        """Open a file; an object is read into memory as a whole."""
+        if is_remote(source):
+            parts = source.split("/", 3)
+            store = self.stores.get("/".join(parts[:3]))
+            return io.BytesIO((locate(source) if store is None else store / parts[3]).read_bytes())
+        if not os.path.lexists(source):
+            raise FileNotFoundError
+        if not os.path.isfile(source):
+            raise UnreadableImageError(f"{escaped(source)} is not a file. Name a picture.")
+        return open(source, "rb")
 
     def _read(self, item: Row, name: str, frame: int, file: bytes, pixels: npt.NDArray[np.uint8]) -> Row:
         height, width = pixels.shape[:2]
@@ -197,17 +212,6 @@ def _row(item: Row, name: str) -> Row:
     source = item["source"]
     empty = {"frame": -1, "frames": -1, "reason": "", "missing": False, "height": 0, "width": 0}
     return {"source": source, "name": name, **empty}
-
-
-def _content(source: str) -> bytes:
-    if is_remote(source):
-        return locate(source).read_bytes()
-    if not os.path.lexists(source):
-        raise FileNotFoundError
-    if not os.path.isfile(source):
-        raise UnreadableImageError(f"{escaped(source)} is not a file. Name a picture.")
-    with open(source, "rb") as file:
-        return file.read()
 
 
 def _bitmap(pixels: npt.NDArray[np.uint8]) -> bytes:

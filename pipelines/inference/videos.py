@@ -1,6 +1,5 @@
 """Frames of videos, upright, through PyAV, which the extra `video` installs."""
 
-import io
 import itertools
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from maskformer.images import MAX_PIXELS, UnreadableImageError
 from pipelines.errors import UserError
-from pipelines.storage import is_remote, locate
+from pipelines.storage import is_remote
 
 _NO_PROTOCOLS = {"protocol_whitelist": "none"}
 """A playlist under the name of a video could make ffmpeg open other files and addresses."""
@@ -28,11 +27,10 @@ def require_decoder() -> None:
         raise UserError("Videos need PyAV. Install it: pip install 'maskformer-ray[video]'.") from error
 
 
-def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+def frames(file: BinaryIO, name: str, every: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     """Yield number and RGB pixels [H, W, 3] of each `every`-th frame of a video, from frame 0 on.
 
     Args:
-        source: path or URI. An object is read into memory as a whole.
         name: for messages.
 
     Raises:
@@ -41,10 +39,9 @@ def frames(source: str, name: str, every: int) -> Iterator[tuple[int, npt.NDArra
     import av  # an extra
     from av.error import FFmpegError
 
-    content: BinaryIO = io.BytesIO(locate(source).read_bytes()) if is_remote(source) else open(source, "rb")  # noqa: SIM115
-    with content:
+    with file:
         try:
-            with av.open(content, "r", options=_NO_PROTOCOLS) as container:
+            with av.open(file, "r", options=_NO_PROTOCOLS) as container:
                 if not container.streams.video:
                     raise UnreadableImageError(f"{name} has no pictures. Give a video.")
                 stream = container.streams.video[0]
