@@ -64,9 +64,9 @@ class PublishConfig:
     compare: str = ""
     """Evaluation on the same data to compare with. Its folder, or that of a run that was evaluated on this data."""
     report_images: int = 100
-    """Images in report.html: half of them the worst, half the best. 0 writes no report."""
+    """Images in report.html, half of them the worst, half the best. 0: no report."""
     check_with: Literal["nothing", "panopticapi"] = "nothing"
-    """Score the written predictions with the official code too, and say whether both agree."""
+    """Score the predictions with the official code too, and say whether both agree."""
     register: str = ""
     """Registered model to which a new version is added. Default: nothing is registered."""
     alias: str = "candidate"
