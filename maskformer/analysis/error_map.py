@@ -24,7 +24,7 @@ def error_map(
     taxonomy: Taxonomy,
     colors: Mapping[Cause, tuple[int, int, int]],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the image, grey and pale, with the pixels that are wrong in the color of their cause.
+    """Return the image, gray and pale, with the pixels that are wrong in the color of their cause.
 
     A pixel is right if it lies in both segments of a match. Otherwise it has the cause of its segment in the ground
     truth; if that one is matched, the cause of its predicted segment; if that one is matched too, or void, `boundary`.
@@ -38,10 +38,10 @@ def error_map(
     """
     matching = match_segments(prediction, truth, taxonomy)
     causes = _pixel_causes(matching).reshape(truth[0].shape)
-    grey = image.astype(np.float32).mean(axis=2, keepdims=True) * _PALE + 255 * (1 - _PALE)
+    gray = image.astype(np.float32).mean(axis=2, keepdims=True) * _PALE + 255 * (1 - _PALE)
     palette = np.array([(0, 0, 0), *(colors[cause] for cause in CAUSES)], np.float32)
     opacity = np.where(causes > 0, _STRONG, 0.0)[..., None].astype(np.float32)
-    mixed = grey * (1 - opacity) + palette[causes] * opacity
+    mixed = gray * (1 - opacity) + palette[causes] * opacity
     mixed[outlines(truth[0])] *= 0.75
     return (mixed + 0.5).astype(np.uint8)
 
