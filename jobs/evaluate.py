@@ -15,6 +15,7 @@ from jobs.shared.console import quiet
 from pipelines.config.publish import PublishConfig
 
 if TYPE_CHECKING:
+    from maskformer.analysis.bootstrap import Difference
     from pipelines.evaluation.publish import Reported
     from pipelines.evaluation.result import EvaluationResult
 
@@ -35,8 +36,8 @@ def main() -> int:
     evaluation = found.evaluation
     for line in _table(evaluation):
         print(line)
-    if found.other is not None:
-        print(_difference(found.other, evaluation))
+    if found.other and found.difference:
+        print(_difference(found.difference, found.other.output))
     print(f"\n{evaluation.quality.num_images} images; results in {evaluation.output}")
     if found.report:
         print(f"report: {found.report}")
@@ -71,13 +72,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:>7.1f}"
 
 
-def _difference(other: "EvaluationResult", evaluation: "EvaluationResult") -> str:
-    from maskformer.analysis.bootstrap import pq_difference
-
-    found = pq_difference(other.per_image_counts, evaluation.per_image_counts, evaluation.taxonomy)
+def _difference(found: "Difference", other: str) -> str:
     return (
-        f"\n{100 * found.value:+.2f} PQ against {other.output}: 95 % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {found.p_value:.2g}"
+        f"\n{100 * found.value:+.2f} PQ against {other}: {100 * found.confidence:g} % interval "
+        f"{100 * found.low:+.2f} to {100 * found.high:+.2f}, p = {found.p_value:.2g}"
     )
 
 

@@ -34,7 +34,7 @@ class ClassQuality(NamedTuple):
 
     @property
     def sq(self) -> float:
-        """PanopticMap quality: the mean intersection over union of the true positives."""
+        """Segmentation quality: the mean intersection over union of the true positives."""
         return self.iou / self.tp if self.tp else 0.0
 
     @property

@@ -17,6 +17,8 @@ from maskformer.taxonomy import Taxonomy
 PanopticMap: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str, Any]]]
 """An index map [H, W] (0 is void) and its `segments_info`: `id`, `category_id`, and `iscrowd` in ground truth."""
 
+_LARGEST_ID = 2**63 - 1
+
 
 class Segments(NamedTuple):
     """One index map and its segments by ascending id."""
@@ -128,10 +130,10 @@ def read_segments(
             )
     ordered = sorted(infos, key=lambda info: info["id"])
     ids = [int(info["id"]) for info in ordered]
-    if len(set(ids)) < len(ids) or min(ids, default=1) < 1:
+    if len(set(ids)) < len(ids) or min(ids, default=1) < 1 or max(ids, default=1) > _LARGEST_ID:
         raise ValueError(
-            f"Segment ids must be positive and differ (0 is void), got {[info['id'] for info in infos]} in {label}; "
-            f"renumber the segments."
+            f"Segment ids must be positive and differ (0 is void, the largest 2^63 - 1), got {[info['id'] for info in infos]} "
+            f"in {label}; renumber the segments."
         )
     row_of = {identifier: row for row, identifier in enumerate(ids)}
     return Segments(

@@ -82,7 +82,7 @@ def encode_things(
                 "category_id": segment["category_id"],
                 "segmentation": {"size": list(ids.shape), "counts": compressed["counts"].decode("ascii")},
                 "area": int(counts[1::2].sum()),
-                **{key: segment[key] for key in ("score", "iscrowd") if key in segment},
+                **{key: segment[key] for key in ("score", "iscrowd") if segment.get(key) is not None},
             }
         )
     return instances

@@ -28,7 +28,7 @@ class InferenceScaling:
     workers: int = 1
     """Processes that run the model, each with one device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of each worker. `auto`: a GPU if there is one for each."""
+    """Device of each worker. `auto`: a GPU if there is one."""
     cpus_per_worker: float = 0.5
     """CPUs of each worker, and of each task that reads or scores images. Fractions are allowed."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from maskformer.analysis.summary import summarize
 from pipelines.data.manifest import PackedSet
 from pipelines.errors import UserError
-from pipelines.evaluation.folder import METRICS, EvaluationFolder
+from pipelines.evaluation.folder import IMAGES, METRICS, EvaluationFolder
 from pipelines.evaluation.result import EvaluationResult
 from pipelines.storage import Location, locate
 
@@ -39,11 +39,11 @@ def _newest(location: Location, samples: PackedSet) -> tuple[Location, dict[str,
     folders = [location]
     if not (location / METRICS).exists():
         folders = [location / "evaluation" / name for name in (location / "evaluation").names()]
-    found = [(folder, _summary(folder)) for folder in folders if (folder / METRICS).exists()]
+    found = [(folder, summary) for folder in folders if (summary := _summary(folder)) is not None]
     if not found:
         raise UserError(
-            f"There is no complete evaluation at {location} to compare with. Evaluate that run first, or give the "
-            f"folder of its evaluation, which has a {METRICS}."
+            f"There is no complete evaluation by this version at {location} to compare with. Evaluate that run first, "
+            f"or give the folder of its evaluation, which has {METRICS} and {IMAGES}."
         )
     same = [(folder, summary) for folder, summary in found if summary["data_hash"] == samples.data_hash]
     if not same:
@@ -54,12 +54,12 @@ def _newest(location: Location, samples: PackedSet) -> tuple[Location, dict[str,
     return max(same, key=lambda each: each[1].get("step") or 0)
 
 
-def _summary(folder: Location) -> dict[str, Any]:
+def _summary(folder: Location) -> dict[str, Any] | None:
+    """Return what metrics.json says; None if there is none of a complete evaluation by this version."""
+    if not (folder / METRICS).exists() or not (folder / IMAGES).exists():
+        return None
     try:
         summary = json.loads((folder / METRICS).read_text())
         return {**summary, "data_hash": summary["data_hash"], "predictions": summary["predictions"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder / METRICS} is not of an evaluation by this version ({type(error).__name__}: {error}). Evaluate "
-            f"that run again."
-        ) from error
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,6 +1,5 @@
 """evaluate(): the PQ of a checkpoint on a pack, with predictions in COCO's panoptic result format."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from maskformer.analysis.summary import summarize
 from maskformer.panoptic_quality import PanopticQuality
+from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster import checks
@@ -47,7 +47,7 @@ def evaluate(
         data: path or URI of the pack, or the opened pack.
         output: folder for the predictions; another evaluation in it is replaced.
         predictors: number of processes with a copy of the model, each with one GPU on `cuda`.
-        device: cpu, cuda, or auto: cuda if the cluster has a GPU for each predictor.
+        device: cpu, cuda, or auto: cuda if the cluster has a GPU.
         cpus: CPUs of each predictor, and of each task that reads or scores images.
 
     Raises:
@@ -64,7 +64,7 @@ def evaluate(
     folder = EvaluationFolder(locate(output))
     score_the_truth(samples)
     with session():
-        device = _resolve(device, predictors)
+        device = _resolve(device)
         done = folder.start(_identity(saved, samples, device))
         rest = samples.take(np.flatnonzero(~np.isin(samples.image_ids, list(done))))
         results: Iterator[ScoredImage] = iter(())
@@ -116,21 +116,18 @@ def score_the_truth(samples: PackedSet) -> None:
         )
 
 
-def _resolve(device: str, predictors: int) -> str:
+def _resolve(device: str) -> str:
     if device != "auto":
         return device
-    return "cuda" if checks.capacity().total("GPU") >= predictors else "cpu"
+    return "cuda" if checks.capacity().total("GPU") >= 1 else "cpu"
 
 
 def _identity(saved: SavedModel, samples: PackedSet, device: str) -> dict[str, Any]:
-    size, weights = saved.config.evaluation, hashlib.sha256()
-    for name, tensor in sorted(saved.weights.items()):
-        weights.update(name.encode())
-        weights.update(tensor.contiguous().numpy().data)
+    size = saved.config.evaluation
     return {
         "checkpoint": saved.uri,
         "step": saved.step,
-        "weights": weights.hexdigest(),
+        "weights": weights_hash(saved.weights),
         "panoptic": asdict(saved.config.panoptic),
         "size": [size.short_side, size.long_side],
         "device": device,

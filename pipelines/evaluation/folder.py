@@ -10,18 +10,27 @@ overlays/*.jpg       predictions drawn on some images
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.data.findings import escaped
 from pipelines.errors import UserError
 from pipelines.evaluation.score import ScoredImage
 from pipelines.storage import Location
+
+logger = logging.getLogger(__name__)
 
 IDENTITY, PARTS, PREDICTIONS, IMAGES = "evaluation.json", "parts", "predictions", "images.jsonl"
 METRICS, REPORT, OVERLAYS = "metrics.json", "report.html", "overlays"
 _NAMES = (METRICS, IMAGES, REPORT, OVERLAYS, "predictions.json", PREDICTIONS, PARTS, IDENTITY)
 _IMAGES_PER_PART = 32
+
+
+def _is_unfinished(name: str) -> bool:
+    """Return whether this is a file that `Location.write_bytes` was writing when its process was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 @dataclass(frozen=True)
@@ -30,22 +39,31 @@ class EvaluationFolder:
 
     location: Location
 
-    def start(self, identity: dict[str, Any]) -> dict[int, ScoredImage]:
+    def start(self, identity: dict[str, Any], *, resume: bool = True) -> dict[int, ScoredImage]:
         """Return the images that an earlier, equal evaluation finished here, by id; remove any other evaluation.
 
         Args:
             identity: what is evaluated, as JSON.
+            resume: whether to go on with an equal evaluation; otherwise it is removed too.
 
         Raises:
             UserError: the folder has files that no evaluation wrote.
         """
-        foreign = [name for name in self.location.names() if name not in _NAMES]
+        names = [name for name in self.location.names() if not _is_unfinished(name)]
+        foreign = [name for name in names if name not in _NAMES or IDENTITY not in names]
         if foreign:
             raise UserError(
-                f"{self.location} has {', '.join(foreign[:5])}, which no evaluation wrote. Choose another --output."
+                f"{self.location} has {escaped(', '.join(foreign[:5]))}, which no evaluation of this version wrote. "
+                f"Choose another --output."
             )
-        if self._identity() == identity:
+        earlier = self._identity()
+        if resume and earlier == identity:
             return {image.image_id: image for image in self.finished()}
+        if isinstance(earlier, dict) and earlier != identity:
+            changed = sorted(key for key in {*earlier, *identity} if earlier.get(key) != identity.get(key))
+            logger.warning(
+                "The evaluation in %s is replaced: it is another in %s.", self.location, escaped(", ".join(changed))
+            )
         for name in _NAMES:
             (self.location / name).delete()
         (self.location / IDENTITY).write_text(json.dumps(identity, indent=1))
@@ -64,7 +82,8 @@ class EvaluationFolder:
         Raises:
             UserError: a file is damaged.
         """
-        files = [self.location / PARTS / name for name in (self.location / PARTS).names()]
+        parts = self.location / PARTS
+        files = [parts / name for name in parts.names() if not _is_unfinished(name)]
         if (self.location / IMAGES).exists():
             files.append(self.location / IMAGES)
         found: dict[int, ScoredImage] = {}

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import io
-import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -81,7 +81,8 @@ def check_with_panopticapi(evaluation: EvaluationResult) -> Check:
         expected = per_class.get(quality.category_id)
         if expected is not None:
             difference = max(difference, *(abs(getattr(quality, name) - expected[name]) for name in ("pq", "sq", "rq")))
-    return Check(pq=total.pq_average(categories, None)[0]["pq"], difference=difference)
+    pq = total.pq_average(categories, None)[0]["pq"] if evaluation.quality.all.num_classes else math.nan
+    return Check(pq=pq, difference=difference)
 
 
 def _written(evaluation: EvaluationResult, scratch: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -101,7 +102,11 @@ def _written(evaluation: EvaluationResult, scratch: Path) -> Iterator[tuple[dict
         truth = [{**s, "iscrowd": int(s["iscrowd"]), "area": areas[s["id"]]} for s in entry["segments"]]
         yield (
             {"image_id": image_id, "file_name": name, "segments_info": truth},
-            {"image_id": image_id, "file_name": name, "segments_info": json.loads(json.dumps(image.segments_info))},
+            {
+                "image_id": image_id,
+                "file_name": name,
+                "segments_info": [dict(segment) for segment in image.segments_info],
+            },
         )
 
 

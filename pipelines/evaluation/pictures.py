@@ -70,7 +70,7 @@ def draw_pictures(
     parts = [wanted[start : start + _IMAGES_PER_TASK] for start in range(0, len(wanted), _IMAGES_PER_TASK)]
     tasks = ray.data.from_items([{"images": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
     draw = _Draw(evaluation.data, evaluation.png_folder, other.png_folder if other else "", dict(colors))
-    for table in outputs(mapped(tasks, draw, "draw report", in_order=False, task_cpus=cpus)):
+    for table in outputs(mapped(tasks, draw, "draw report", in_order=False, task_cpus=min(1.0, cpus))):
         for row in table.to_pylist():
             yield Pictures(**row)
 

@@ -1,7 +1,7 @@
 """evaluate_predictions(): the PQ of COCO panoptic results on disk, of any program."""
 
+import itertools
 import json
-import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ from pipelines.storage import Location, locate, sha256
 
 _IMAGES_PER_TASK = 16
 _EXAMPLES = 3
+_TRIED = 20
+"""PNGs to look for, to find the folder they are in."""
 
 
 def evaluate_predictions(
@@ -37,7 +39,7 @@ def evaluate_predictions(
 
     Args:
         predictions: path or URI of the JSON of the results, or of a folder with it. The PNGs are in a folder with the
-            name of the JSON without `.json`, as panopticapi wants it, in `predictions`, or beside the JSON.
+            name of the JSON without `.json`, as panopticapi wants it, in `predictions` or `panoptic`, or beside it.
         data: path or URI of the pack, or the opened pack.
         output: folder for the numbers; another evaluation in it is replaced.
         cpus: CPUs of each task.
@@ -50,10 +52,12 @@ def evaluate_predictions(
     faults: dict[str, list[str]] = defaultdict(list)
     found = _read(locate(predictions), samples, faults)
     folder = EvaluationFolder(locate(output))
+    if f"{found.json}/".startswith(f"{folder.location}/"):
+        raise UserError(f"The --output {folder.location} has the predictions in it. Choose another --output.")
     score_the_truth(samples)
     identity = {"predictions": str(found.json), "hash": found.hash, "data_hash": samples.data_hash}
     with session():
-        done = folder.start(identity)
+        done = folder.start(identity, resume=False)
         results = progress(_scored(found, samples, cpus), len(found.annotations), "images compared")
         for result in results:
             if isinstance(result, ScoredImage):
@@ -101,8 +105,8 @@ def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) 
             faults["results for images that the data does not have"].append(f"image {escaped(str(image_id))}")
         elif image_id in annotations:
             faults["images with more than one result"].append(f"image {image_id}")
-        elif posixpath.basename(name) != name or name in ("", ".", ".."):
-            faults["file names that are more than a name"].append(f"image {image_id}: {escaped(name)}")
+        elif any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part for part in name.split("/")):
+            faults["file names that are no path below the folder"].append(f"image {image_id}: {escaped(name)}")
         else:
             annotations[image_id] = annotation
     seen = {image_id for image_id, _ in listed if isinstance(image_id, int)}
@@ -130,17 +134,12 @@ def _json_file(location: Location) -> Location:
 
 def _png_folder(file: Location, annotations: Mapping[int, Mapping[str, Any]]) -> Location:
     parent = locate(str(file).rpartition("/")[0])
-    folders = [parent / file.name.removesuffix(".json"), parent / "predictions", parent]
-    first = next(iter(annotations.values()), None)
-    if first is None:
-        return parent
+    folders = [parent / name for name in (file.name.removesuffix(".json"), "predictions", "panoptic")] + [parent]
+    names = [annotation["file_name"] for annotation in itertools.islice(annotations.values(), _TRIED)]
     for folder in folders:
-        if (folder / first["file_name"]).exists():
+        if any((folder / name).exists() for name in names):
             return folder
-    raise UserError(
-        f"There is no {escaped(first['file_name'])}, which {file} names, in {', '.join(map(str, folders))}. Put the "
-        f"PNGs into {folders[0]}."
-    )
+    return folders[0]
 
 
 def _require_categories(categories: object, taxonomy: Taxonomy, file: Location) -> None:
@@ -171,7 +170,7 @@ def _scored(found: _Predictions, samples: PackedSet, cpus: float) -> Iterator[Sc
         return
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     compare = _Compare(samples, str(found.png_folder))
-    for table in outputs(mapped(dataset, compare, "compare predictions", in_order=False, task_cpus=cpus)):
+    for table in outputs(mapped(dataset, compare, "compare predictions", in_order=False, task_cpus=min(1.0, cpus))):
         for row in table.to_pylist():
             yield ScoredImage.from_json(row["result"]) if row["result"] else (row["kind"], row["example"])
 
@@ -202,7 +201,7 @@ class _Compare:
         try:
             ids = decode_panoptic(file.read_bytes())
         except FileNotFoundError:
-            return "", "PNGs that do not exist", f"image {image_id}: {escaped(name)}"
+            return "", f"PNGs that do not exist in {self.png_folder}", f"image {image_id}: {escaped(name)}"
         except ValueError as error:
             return "", "PNGs that cannot be read", f"image {image_id}: {escaped(name)} ({escaped(str(error))})"
         truth = decode_panoptic(panoptic)
@@ -214,7 +213,7 @@ class _Compare:
         segments = annotation["segments_info"]
         try:
             analysis = analyze_image((ids, segments), (truth, entry["segments"]), self.samples.taxonomy, image_id)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             return "", "results whose segments do not fit", f"image {image_id}: {escaped(str(error))}"
         return ScoredImage(name, segments, analysis).to_json(), "", ""
 

@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from maskformer import PanopticConfig
+from maskformer.analysis.bootstrap import Difference, pq_difference
 from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
@@ -21,6 +22,7 @@ from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import RunFailedError, UserError
 from pipelines.evaluation.compare import open_evaluation
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.folder import METRICS, OVERLAYS, REPORT
 from pipelines.evaluation.official import Check, check_with_panopticapi, require_installed
 from pipelines.evaluation.predictions import evaluate_predictions
 from pipelines.evaluation.report import write_report
@@ -37,7 +39,7 @@ from pipelines.tracking.server import connect, current, explained, one_line, req
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("metrics.json", "report.html")
+_FILES = (METRICS, REPORT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Reported:
     """Path or URI of the report; empty if none was asked for."""
     other: EvaluationResult | None
     """The evaluation compared with, if there is one."""
+    difference: Difference | None
+    """PQ of this evaluation minus that of the other."""
     check: Check | None
     """What panopticapi says, if it was asked."""
 
@@ -72,6 +76,7 @@ def score(config: PublishConfig) -> Reported:
         UserError: predictions, data or output cannot be used.
     """
     samples, other = _opened(config)
+    _require_other_output(config.output, other)
     evaluation = evaluate_predictions(
         config.predictions, samples, output=config.output, cpus=config.scaling.cpus_per_worker
     )
@@ -94,11 +99,13 @@ def publish(config: PublishConfig) -> Published:
     client = connect(uri)
     if config.register:
         registry.require_names(client, config.register, config.alias)
+    trained = saved.config.panoptic
     saved = _with_thresholds(saved, config.panoptic)
     data = EvaluatedData(
         name=locate(samples.uri).name, hash=samples.data_hash, uri=samples.uri, num_images=len(samples)
     )
-    output = config.output or str(locate(saved.folder) / "evaluation" / f"{saved.step:08d}-{data.name}")
+    output = config.output or _default_output(saved, trained, data.name)
+    _require_other_output(output, other)
     training = TrackedRun.find(uri, saved.config.tracking.experiment, saved.folder)
     history = training.history("quick_pq/all") if training else []
     run, model = _start(client, uri, replace(config, output=output), saved, data, training)
@@ -121,6 +128,7 @@ def publish(config: PublishConfig) -> Published:
     try:
         _log(run, model, data, evaluation, saved.step)
         if config.register:
+            _require_agreement(reported.check)
             version = _register(client, run, config, model, saved, data, evaluation)
             published = replace(published, model_version=version.version, alias_version=version.alias_version)
     finally:
@@ -144,16 +152,33 @@ def _reported(
 ) -> Reported:
     """Check with panopticapi and write the report, if asked to."""
     check = check_with_panopticapi(evaluation) if config.check_with == "panopticapi" else None
+    difference = other and pq_difference(other.per_image_counts, evaluation.per_image_counts, evaluation.taxonomy)
     report = ""
     if config.report_images:
         report = write_report(
             evaluation,
             images=config.report_images,
             other=other,
+            difference=difference,
             training=history,
             cpus=config.scaling.cpus_per_worker,
         )
-    return Reported(evaluation=evaluation, report=report, other=other, check=check)
+    return Reported(evaluation=evaluation, report=report, other=other, difference=difference, check=check)
+
+
+def _default_output(saved: SavedModel, trained: PanopticConfig, data: str) -> str:
+    """Return the folder of an evaluation of this step on this data; other thresholds have one of their own."""
+    used = saved.config.panoptic
+    thresholds = "" if used == trained else f"-score{used.score_threshold:g}-overlap{used.overlap_threshold:g}"
+    return str(locate(saved.folder) / "evaluation" / f"{saved.step:08d}-{data}{thresholds}")
+
+
+def _require_other_output(output: str, other: EvaluationResult | None) -> None:
+    if other is not None and str(locate(output)) == other.output:
+        raise UserError(
+            f"The evaluation to compare with lies in {output}, where this one would be written. Choose another "
+            f"--output."
+        )
 
 
 def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
@@ -221,14 +246,23 @@ def _start(
     return run, model
 
 
+def _require_agreement(check: Check | None) -> None:
+    if check is not None and not check.agrees:
+        raise RunFailedError(
+            f"The model is not registered: panopticapi finds PQ {100 * check.pq:.6f}, and a number differs by "
+            f"{check.difference:.1e}. Report this with the predictions."
+        )
+
+
 def _log(run: TrackedRun, model: LoggedModel, data: EvaluatedData, evaluation: EvaluationResult, step: int) -> None:
-    """Log files and metrics. The metrics come last: who finds them finds the files, too."""
+    """Log files, and then metrics; warn about what MLflow does not accept."""
     output = locate(evaluation.output)
     counts = Quality(data_hash=evaluation.data_hash, taxonomy=evaluation.taxonomy, images=evaluation.per_image_counts)
     files = {name: (output / name).read_bytes() for name in output.names() if name in _FILES}
     run.log_files({**files, quality.FILE: counts.to_bytes()}, evaluations.FOLDER)
-    for name in (output / "overlays").names():
-        run.log_files({name: (output / "overlays" / name).read_bytes()}, f"{evaluations.FOLDER}/overlays")
+    overlays = output / OVERLAYS
+    if names := overlays.names():
+        run.log_files({name: (overlays / name).read_bytes() for name in names}, f"{evaluations.FOLDER}/{OVERLAYS}")
     try:
         require_reachable(run.uri)  # the client itself would retry for minutes
         evaluations.log_metrics(run, model.model_id, data, step, evaluation.metrics)
@@ -260,7 +294,7 @@ def _register(
                 description=model_card(saved, data, pq, evaluation.analysis.intervals),
                 tags={"pq": str(pq.pq), "data_hash": data.hash, "evaluation_run": run.run_id},
             )
-    except (UserError, MlflowException) as error:
+    except Exception as error:  # stores of artifacts raise types of their own
         raise RunFailedError(
             f"The model was evaluated but not registered as {config.register}: {one_line(error)} The result is in "
             f"{evaluation.output}. The same command tries again."

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from maskformer.analysis.bootstrap import Difference, pq_difference
+from maskformer.analysis.bootstrap import Difference
 from maskformer.analysis.lost_quality import CAUSES, SIZES, Cause, lost_quality
 from maskformer.analysis.lrp import class_lrp
 from maskformer.analysis.summary import Analysis
@@ -28,8 +28,8 @@ def write_report(
     *,
     images: int,
     other: EvaluationResult | None = None,
+    difference: Difference | None = None,
     training: Sequence[tuple[int, float]] = (),
-    facts: Sequence[tuple[str, str]] = (),
     cpus: float = 1.0,
 ) -> str:
     """Write the report into the folder of an evaluation and return its path or URI.
@@ -38,8 +38,8 @@ def write_report(
         images: number of images to show, half of them those with the lowest PQ, half those with the highest; or, with
             `other`, those whose PQ differs most in both directions.
         other: another evaluation on the same data, to compare this one with.
+        difference: of PQ, this evaluation minus the other.
         training: steps and quick PQ of the training.
-        facts: names and values to show on top, besides those of the evaluation.
         cpus: CPUs of each task that draws pictures.
 
     Raises:
@@ -64,8 +64,8 @@ def write_report(
         page(
             content.Content(
                 title="Panoptic evaluation",
-                facts=(*_facts(evaluation), *facts),
-                summary=_summary(evaluation, other),
+                facts=tuple(_facts(evaluation)),
+                summary=_summary(evaluation, other, difference),
                 lost=_lost(evaluation.analysis),
                 classes=classes,
                 images=tuple(_with_pictures(entry, pictures[int(entry.image_id)]) for entry in shown),
@@ -152,9 +152,10 @@ def _facts(evaluation: EvaluationResult) -> list[tuple[str, str]]:
     return [*facts, ("evaluated", f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")]
 
 
-def _summary(evaluation: EvaluationResult, other: EvaluationResult | None) -> content.Summary:
+def _summary(
+    evaluation: EvaluationResult, other: EvaluationResult | None, difference: Difference | None
+) -> content.Summary:
     analysis, theirs = evaluation.analysis, other and other.analysis
-    difference = other and pq_difference(other.per_image_counts, evaluation.per_image_counts, evaluation.taxonomy)
 
     def measure(value: float, another: float | None = None) -> content.Measure:
         return content.Measure(value=value, compared=None if another is None else content.Compared(other=another))

@@ -1,7 +1,9 @@
 """EvaluationResult: what an evaluation found, and its numbers by name."""
 
+import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +16,8 @@ from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.data.manifest import PackedSet
 from pipelines.evaluation.score import ScoredImage
 
-_FORBIDDEN = re.compile(r"[^\w./ :-]")
-"""Characters that MLflow does not allow in the names of metrics."""
+_FORBIDDEN = re.compile(r"[^\w. :-]")
+"""Characters that MLflow does not allow in a part of the name of a metric."""
 
 
 @dataclass(frozen=True)
@@ -99,5 +101,12 @@ def metrics(analysis: Analysis) -> dict[str, float]:
     for cause, lost in zip(CAUSES, analysis.lost.all.sum(axis=1).tolist(), strict=True):
         flat[f"lost/{cause}"] = lost
     for name, values in analysis.quality.per_class.items():
-        flat[f"pq_class/{_FORBIDDEN.sub('_', name)}"] = values.pq
+        if values.tp + values.fp + values.fn:
+            flat[_free(f"pq_class/{_FORBIDDEN.sub('_', name).strip('. ') or '_'}", flat)] = values.pq
     return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def _free(name: str, taken: Mapping[str, float]) -> str:
+    """Return the name, with a number at its end if it is taken: different classes may have the same characters left."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)

@@ -121,11 +121,12 @@ def _survey(inputs: Inputs, every: int) -> tuple[int, bool]:
     Raises:
         UserError: there are none.
     """
-    total, count, only_local_pictures = 0, 0, True
+    total, count, only_local_pictures, has_video = 0, 0, True, False
     for item in inputs:
         count += 1
-        if item.is_video and only_local_pictures:
+        if item.is_video and not has_video:
             require_decoder()
+            has_video = True
         total += _expected(item, every)
         only_local_pictures = only_local_pictures and not item.is_video and not is_remote(item.source)
     if not count:

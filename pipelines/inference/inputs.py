@@ -112,7 +112,8 @@ def _sources(root: _Root, output: str) -> Iterator[str]:
             yield from _lines(root.uri)
         case "glob":
             found = (path for path in glob.iglob(root.uri, recursive=True) if os.path.isfile(path))
-            yield from sorted(path for path in found if path.lower().endswith(PICTURES + VIDEOS))
+            of_others = (path for path in found if not f"{path}/".startswith(f"{output}/"))
+            yield from sorted(path for path in of_others if path.lower().endswith(PICTURES + VIDEOS))
         case "folder" if is_remote(root.uri):
             yield from _in_store(locate(root.uri), output)
         case "folder":

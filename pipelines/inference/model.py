@@ -1,13 +1,11 @@
 """Opening the model of a command line: of a run, of another program, or of MLflow's registry."""
 
 import hashlib
-import os
 import tempfile
-
-import torch
 
 from maskformer import PanopticConfig, Segmenter, checkpoint, weights
 from pipelines.checkpoints import pretrained
+from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.config.fields import facts
 from pipelines.config.publish import ThresholdConfig
 from pipelines.config.resolve import or_environment
@@ -43,11 +41,7 @@ def open_segmenter(uri: str, thresholds: ThresholdConfig, tracking_uri: str = ""
 
 def fingerprint(segmenter: Segmenter) -> str:
     """Return a hash of a model's weights and classes."""
-    digest = hashlib.sha256(repr(segmenter.taxonomy).encode())
-    for name, tensor in segmenter.model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{segmenter.taxonomy!r} {weights_hash(segmenter.model.state_dict())}".encode()).hexdigest()
 
 
 def _registered(uri: str, tracking_uri: str) -> weights.Weights:
@@ -56,22 +50,20 @@ def _registered(uri: str, tracking_uri: str) -> weights.Weights:
         raise UserError(
             f"{uri} is in an MLflow registry. Set it by --tracking.uri or ${facts('tracking.uri').variable}."
         )
-    import mlflow  # takes seconds, and few need it
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts  # takes seconds, and few need it
     from mlflow.exceptions import MlflowException
 
-    # MLflow looks aliases up in the registry of the process, whatever it is told; as in `registry.register`.
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(store)
-    with tempfile.TemporaryDirectory() as scratch:
+    from pipelines.tracking.server import connect, current, one_line, without_password
+
+    connect(store)  # the client itself would try for minutes
+    # MLflow looks aliases up in the registry of the process, whatever it is told.
+    with tempfile.TemporaryDirectory() as scratch, current(store):
         try:
             folder = download_artifacts(uri, dst_path=scratch)
             found = checkpoint.read(folder)
         except (MlflowException, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
-                f"{uri} cannot be loaded from {store}: {reason}. Check name, alias and registry."
+                f"{uri} cannot be loaded from {without_password(store)}: {one_line(error).rstrip('.')}. Check name, "
+                f"alias and registry."
             ) from error
-        finally:
-            mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType] -- None unsets it, which the annotation omits
     return weights.Weights(uri, found.tensors, found.about)

@@ -99,11 +99,11 @@ class Output:
     def finish(self, taxonomy: Taxonomy, failed: list[dict[str, str]], write_json: bool) -> None:
         """Write predictions.json if asked to, and failed.json if there is any; merge the records into one file."""
         self._save()
+        names = [name for name in (self.folder / "records").names() if name != _MERGED]  # before they are read
         with tempfile.TemporaryFile() as file:
             places = _sorted(self._read(), file)
             if write_json:
                 (self.folder / "predictions.json").write_with(lambda to: _write_coco(to, file, places, taxonomy))
-            names = [name for name in (self.folder / "records").names() if name != _MERGED]
             if names:
                 (self.folder / "records" / _MERGED).write_with(
                     lambda to: [to.write(_line(file, place)) for place in places]

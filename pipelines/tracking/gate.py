@@ -227,7 +227,8 @@ def _version(client: MlflowClient, name: str, number: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code != _ABSENT:
             raise
-        found = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+        quoted = name.replace("'", "''")
+        found = sorted(int(version.version) for version in client.search_model_versions(f"name='{quoted}'"))
         raise UserError(
             f"The registered model {name} has no version {number}. Its versions are "
             f"{', '.join(map(str, found[-10:])) or 'none'}."

@@ -15,7 +15,6 @@ from typing import Any
 import mlflow
 import pandas as pd
 import safetensors.torch
-import torch
 from mlflow.entities import LoggedModel
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -23,6 +22,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
 import maskformer
+from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.config.overrides import flatten
 from pipelines.config.serialize import to_dict
@@ -102,11 +102,8 @@ def _about(saved: SavedModel) -> dict[str, Any]:
 
 def _fingerprint(saved: SavedModel) -> str:
     """Return a hash of all that the model's answers depend on."""
-    digest = hashlib.sha256(json.dumps(_about(saved), sort_keys=True).encode())
-    for name, tensor in sorted(saved.weights.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    about = json.dumps(_about(saved), sort_keys=True)
+    return hashlib.sha256(f"{about} {weights_hash(saved.weights)}".encode()).hexdigest()
 
 
 def _signature(saved: SavedModel) -> ModelSignature:

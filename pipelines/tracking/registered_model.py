@@ -5,6 +5,8 @@ nothing.
 """
 
 import base64
+import binascii
+import contextlib
 import dataclasses
 import io
 import json
@@ -69,8 +71,8 @@ def _read_image(content: bytes, row: int) -> Any:
     """Return the pixels of an image file, or of one in base64."""
     name = f"The image of row {row}"
     try:
-        if content[:64].isascii():  # MLflow's server decodes base64 in the dataframe formats, but not in `inputs`
-            content = base64.b64decode(content)
+        with contextlib.suppress(binascii.Error):  # MLflow's server decodes base64 in dataframes, but not in `inputs`
+            content = base64.b64decode(content, validate=True)
         return maskformer.read_image(content, name=name)
     except (ValueError, TypeError) as error:
         raise MlflowException.invalid_parameter_value(f"{name} cannot be read: {error}") from error

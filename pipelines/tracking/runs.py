@@ -141,7 +141,7 @@ class TrackedRun:
                 _keep(what, error, folder, lambda unsent: unsent.add(points))
 
     def log_files(self, files: dict[str, bytes], folder: str | None = None) -> None:
-        """Log files as artifacts; warn if MLflow is unreachable.
+        """Log files as artifacts; warn if MLflow or its store of artifacts does not accept them.
 
         Args:
             files: the content of each file, by name.
@@ -153,8 +153,8 @@ class TrackedRun:
                 for name, content in files.items():
                     Path(scratch, name).write_bytes(content)
                 self._client.log_artifacts(self.run_id, scratch, folder)
-        except (UserError, MlflowException) as error:
-            logger.warning("MLflow did not accept %s of run %s: %s", ", ".join(files), self.run_id, error)
+        except Exception as error:  # stores of artifacts raise types of their own
+            logger.warning("MLflow did not accept %s of run %s: %s", ", ".join(files), self.run_id, one_line(error))
 
     def close(self, status: str, tags: dict[str, str], folder: Location | None = None) -> None:
         """Set the final status and tags with its cause; warn within seconds if MLflow is unreachable.

@@ -17,7 +17,7 @@ from maskformer.panoptic_quality import PanopticQuality
 from maskformer.segment_matching import PanopticMap
 from maskformer.taxonomy import Category, Taxonomy
 
-NUM_PAIRS = 240
+NUM_PAIRS = 500
 TAXONOMY = Taxonomy.from_coco([{"id": 3 * k + 1, "name": f"class {k}", "isthing": int(k % 2 == 0)} for k in range(7)])
 CATEGORIES = {category.id: {"isthing": int(category.isthing)} for category in TAXONOMY.categories}
 NAMES = {category.id: category.name for category in TAXONOMY.categories}

@@ -16,12 +16,12 @@ CAUSE_NAMES: dict[Cause, str] = {
 }
 
 CAUSE_MEANINGS: dict[Cause, str] = {
-    "missed": "a true segment that no prediction covers",
-    "wrong_class": "a true segment that is covered by a prediction of another class",
-    "split": "a true segment that several predictions share",
-    "merged": "several true segments in one prediction",
-    "boundary": "segments that match, but not exactly",
-    "false_alarm": "a predicted segment where there is none",
+    "missed": "a true segment without a prediction of its class near it",
+    "wrong_class": "a true segment that a prediction of another class matches, and that prediction",
+    "split": "a true segment that several predictions share, and these",
+    "merged": "several true segments in one prediction, and that prediction",
+    "boundary": "what matches lack of an IoU of 1, and pairs of one class whose IoU is 0.1 to 0.5, too low for a match",
+    "false_alarm": "a predicted segment without a true one of its class near it",
 }
 
 

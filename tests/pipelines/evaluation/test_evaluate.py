@@ -131,7 +131,7 @@ def test_foreign_files_are_not_deleted(
 ) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"has thesis\.tex, which no evaluation wrote"):
+    with pytest.raises(UserError, match=r"has predictions, thesis\.tex, which no evaluation"):
         evaluate(saved, packs["val"], output=str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions", "thesis.tex"]
 

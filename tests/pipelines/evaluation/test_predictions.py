@@ -103,8 +103,13 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["annotations"][0]["segments_info"][0].update(category_id=999), "unknown category_id 999"),
     (lambda d: d["annotations"][0]["segments_info"][0].update(id="one"), "segments do not fit"),
     (lambda d: d["annotations"][0]["segments_info"][0].update(score=7), "score of a segment is a number in 0..1"),
-    (lambda d: d["annotations"][1].update(file_name="../x.png"), "file names that are more than a name"),
-    (lambda d: d["annotations"][1].update(file_name="away\x1b[2J.png"), r"PNGs that do not exist .*away\\x1b\[2J.png"),
+    (lambda d: d["annotations"][1].update(file_name="../x.png"), "file names that are no path below the folder"),
+    (lambda d: d["annotations"][1].update(file_name="\0.png"), "file names that are no path below the folder"),
+    (lambda d: d["annotations"][0]["segments_info"][0].update(id=2**70), r"segments do not fit .*the largest 2\^63"),
+    (
+        lambda d: d["annotations"][1].update(file_name="away\x1b[2J.png"),
+        r"PNGs that do not exist in .*away\\x1b\[2J.png",
+    ),
     (lambda d: d.update(categories=COCO_LIKE), "other categories than the data: 1 instead of 7"),
     (lambda d: d.pop("annotations"), "not a JSON of COCO panoptic results"),
 ]
@@ -130,3 +135,22 @@ def test_every_fault_is_counted_and_nothing_is_scored(
         scored(tmp_path / "good")
     with pytest.raises(UserError, match="There are no predictions at"):
         scored(tmp_path / "nothing")
+
+
+def test_the_predictions_are_not_overwritten(packs: dict[str, str], truth: Path, tmp_path: Path) -> None:
+    file = write_results(tmp_path / "results", truth)
+    for output in (tmp_path / "results", tmp_path):
+        with pytest.raises(UserError, match="has the predictions in it"):
+            evaluate_predictions(str(file), packs["val"], output=str(output))
+    assert file.exists()
+
+
+def test_results_without_scores_are_scored(
+    truth: Path, tmp_path: Path, scored: Callable[[Path], EvaluationResult]
+) -> None:
+    file = write_results(tmp_path / "results", truth)
+    edited(file, lambda d: [s.update(score=None) for a in d["annotations"] for s in a["segments_info"]])
+    result = scored(file)
+    assert result.quality.pq == 1.0
+    assert result.analysis.mask_ap.ap == pytest.approx(1.0)
+    assert np.isnan(result.analysis.calibration.expected_error)

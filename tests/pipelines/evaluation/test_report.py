@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskformer.analysis.bootstrap import pq_difference
 from maskformer.analysis.image import analyze_image
 from maskformer.analysis.lost_quality import CAUSES, SIZES
 from maskformer.analysis.summary import summarize
@@ -94,15 +95,16 @@ def test_the_worst_and_the_best_images_with_their_pictures_and_numbers(
     assert worst.prediction != worst.truth
     assert worst.loss.total == pytest.approx(1 - worst.pq, abs=1e-9)
 
-    report.write_report(one, images=4, other=other, cpus=0.5)
+    difference = pq_difference(other.per_image_counts, one.per_image_counts, one.taxonomy)
+    report.write_report(one, images=4, other=other, difference=difference, cpus=0.5)
     compared = written[1]
     pq = compared.summary.all.pq
     assert pq.compared is not None
     assert pq.compared.other == other.quality.pq
     assert pq.compared.difference is not None
     assert pq.compared.difference.low < pq.value - other.quality.pq < pq.compared.difference.high
-    difference = {i: one.per_image[i].pq - other.per_image[i].pq for i in one.per_image}
-    ordered = sorted(difference, key=lambda image_id: difference[image_id])
+    by_image = {i: one.per_image[i].pq - other.per_image[i].pq for i in one.per_image}
+    ordered = sorted(by_image, key=lambda image_id: by_image[image_id])
     assert [image.image_id for image in compared.images] == [*ordered[:2], *ordered[-2:]]
     assert all(len(image.pictures) == 5 for image in compared.images)
     assert json.dumps(other.output)[1:-1] in compared.other
