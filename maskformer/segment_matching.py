@@ -132,8 +132,8 @@ def read_segments(
     ids = [int(info["id"]) for info in ordered]
     if len(set(ids)) < len(ids) or min(ids, default=1) < 1 or max(ids, default=1) > _LARGEST_ID:
         raise ValueError(
-            f"Segment ids must be positive and differ (0 is void, the largest 2^63 - 1), got {[info['id'] for info in infos]} "
-            f"in {label}; renumber the segments."
+            f"Segment ids must be positive and differ (0 is void, the largest 2^63 - 1), got "
+            f"{[info['id'] for info in infos]} in {label}; renumber the segments."
         )
     row_of = {identifier: row for row, identifier in enumerate(ids)}
     return Segments(
