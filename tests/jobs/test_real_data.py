@@ -63,8 +63,9 @@ def test_r50_learns_from_coco(ray_session: str, tmp_path: Path) -> None:
     assert sum(tensor.numel() for name, tensor in state.model.items() if "running" not in name) > 45_000_000
 
     scored = job(f"jobs/evaluate.py --checkpoint {run} --data {pack} --scaling.cpus-per-worker 0.5", ray_session)
-    assert re.search(r"^percent +PQ +SQ +RQ +classes$", scored, re.MULTILINE)
-    assert re.search(r"^all +\d+\.\d +\d+\.\d +\d+\.\d +\d+$", scored, re.MULTILINE)
-    assert f"2 images; predictions in {run}/evaluation/00000003-pack" in scored
+    assert re.search(r"^percent +PQ +SQ +RQ +classes +95 % interval of PQ$", scored, re.MULTILINE)
+    assert re.search(r"^all( +\d+\.\d){3} +\d+ +\d+\.\d to \d+\.\d$", scored, re.MULTILINE)
+    assert f"2 images; results in {run}/evaluation/00000003-pack" in scored
+    assert f"report: {run}/evaluation/00000003-pack/report.html" in scored
     predictions = json.loads((run / "evaluation" / "00000003-pack" / "predictions.json").read_text())
     assert len(predictions["annotations"]) == 2
