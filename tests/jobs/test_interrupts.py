@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 1000  # whatever is saved before the last step is saved by a stop
 
 
+@pytest.mark.slow
 def test_stopped_twice_and_finished(
     tiny: TrainConfig, tmp_path: Path, ray_session: str, jobs: list[subprocess.Popen[str]]
 ) -> None:

@@ -180,6 +180,7 @@ def test_real_coco_images(ray_session, monkeypatch, capsys, output):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_check_and_pack_in_a_flaky_object_store(bucket, faulty_s3, folder, tmp_path):
     """One of three requests fails or is slow; the pack has the bytes of one made from files."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -30,6 +30,7 @@ def reference(ray_session: str, base: TrainConfig) -> Callable[[float], dict[str
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_worker_that_dies_while_a_checkpoint_is_written(base: TrainConfig, reference: Any) -> None:
     """Seed 5 has four workers, the reference two, and averaged weights."""

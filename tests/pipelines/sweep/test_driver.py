@@ -284,6 +284,7 @@ def test_another_sweep_in_the_same_folder_is_refused(base: TrainConfig, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_from_its_space_to_the_best_configuration(ray_session: str, base: TrainConfig, tmp_path: Path) -> None:
     config = SweepConfig(space=("loss.dice_weight=1,3", "optimizer.lr=1e-6,1e-3"), trials=2, reduction_factor=2)

@@ -190,7 +190,7 @@ def test_a_version_loads_without_this_repository(
 
     # The device can be chosen, here one on which nothing is computed.
     elsewhere = mlflow.pyfunc.load_model(f"models:/{NAME}@{ALIAS}", model_config={"device": "meta"})
-    assert {weight.device.type for weight in elsewhere.unwrap_python_model()._model.parameters()} == {"meta"}
+    assert {weight.device.type for weight in elsewhere.unwrap_python_model()._segmenter.model.parameters()} == {"meta"}
 
     # The example is an image that the model segments.
     example = loaded.metadata.load_input_example(download_artifacts(f"models:/{NAME}@{ALIAS}"))
