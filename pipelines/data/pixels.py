@@ -15,7 +15,6 @@ import pyarrow as pa
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from maskformer.coco_format import decode_ids
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
@@ -47,7 +46,9 @@ def decode_panoptic(content: bytes | memoryview) -> npt.NDArray[np.int32]:
     image = _open(content)
     if image.format != "PNG" or image.mode != "RGB":
         raise ValueError(f"it is a {image.format} of mode {image.mode}, not a PNG of mode RGB")
-    return decode_ids(np.asarray(image))
+    # Pillow keeps RGB in four bytes a pixel. As a number of 32 bits, they are the id, as `decode_ids` computes it.
+    packed = np.frombuffer(image.tobytes("raw", "RGBX"), "<u4").reshape(image.height, image.width)
+    return (packed & 0xFFFFFF).astype(np.int32, copy=False)
 
 
 def index_map(
