@@ -182,7 +182,7 @@ def test_real_coco_images(ray_session, monkeypatch, capsys, output):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_check_and_pack_in_a_flaky_object_store(bucket, faulty_s3, folder, tmp_path):
-    """One of three requests fails or is slow; the pack has the bytes of one made from files."""
+    """One of six requests fails or is slow; the pack has the bytes of one made from files."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         locate(f"{bucket}/coco/{file.relative_to(folder)}").write_bytes(file.read_bytes())
     config = PackConfig(rows_per_shard=2)
@@ -191,7 +191,7 @@ def test_check_and_pack_in_a_flaky_object_store(bucket, faulty_s3, folder, tmp_p
     command = [sys.executable, "jobs/prepare_data.py", "--input", f"{bucket}/coco", "--split", SPLIT]
     command += ["--output", f"{bucket}/pack", "--rows-per-shard", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ""}, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "5 images checked: 0 errors" in done.stdout
     for fault in ("500", "503", "slow", "refuse", "cut"):
         assert faulty_s3.counts[fault] > 1

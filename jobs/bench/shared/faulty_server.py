@@ -48,7 +48,7 @@ class FaultyServer:
         silent: read the request and answer nothing until the mode changes or the client leaves.
         refuse: close the connection without an answer.
         cut: forward the request, and break the body of the answer off in the middle.
-        flaky: one of three requests, at random, meets 500, 503, slow, refuse or cut, in turn.
+        flaky: one of six requests, at random, meets 500, 503, slow, refuse or cut, in turn.
 
     Attributes:
         counts: requests received in each mode. What is received while `flaky` counts there and in its own mode.
@@ -103,7 +103,7 @@ class FaultyServer:
             mode = self.mode
             self.counts[mode] += 1
             if mode == "flaky":
-                mode = "ok" if self._random.random() > 1 / 3 else next(self._faults)
+                mode = "ok" if self._random.random() > 1 / 6 else next(self._faults)
                 self.counts[mode] += 1
             self._received.notify_all()
             return mode
