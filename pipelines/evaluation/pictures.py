@@ -23,8 +23,8 @@ from pipelines.errors import UserError
 from pipelines.evaluation.result import EvaluationResult
 from pipelines.storage import locate
 
-_SIDE, _QUALITY = 480, 70
-"""Pixels of the long side of a picture, and quality of its JPEG: 20 to 40 KB of a photograph."""
+_SIDE, _QUALITY = 360, 75
+"""Pixels of the long side of a picture, and quality of its JPEG: 15 to 25 KB of a photograph."""
 _IMAGES_PER_TASK = 10
 
 _Segments = Sequence[Mapping[str, Any]]
