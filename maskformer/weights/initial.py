@@ -12,17 +12,14 @@ from maskformer.taxonomy import Taxonomy
 from maskformer.weights.loading import LoadReport, in_classifier, load
 from maskformer.weights.reading import Source
 
-_RESNET = "https://download.pytorch.org/models/"
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 _URLS = {
-    "resnet50": _RESNET + "resnet50-0676ba61.pth",  # torchvision://resnet50 in mmdetection
-    "resnet101": _RESNET + "resnet101-63fe2227.pth",
     "swin_t": _SWIN + "swin_tiny_patch4_window7_224.pth",
     "swin_s": _SWIN + "swin_small_patch4_window7_224.pth",
     "swin_b": _SWIN + "swin_base_patch4_window12_384_22k.pth",
     "swin_l": _SWIN + "swin_large_patch4_window12_384_22k.pth",
 }
-"""Where to find the ImageNet weights that the published models started from."""
+"""Where to find the ImageNet weights that the published models with a Swin started from."""
 
 
 def initial_weights(model: MaskFormer, weights: Source, taxonomy: Taxonomy | None = None) -> LoadReport:
@@ -48,12 +45,13 @@ def initial_weights(model: MaskFormer, weights: Source, taxonomy: Taxonomy | Non
 
 
 def _imagenet(backbone: str) -> Path:
-    if backbone not in _URLS:
+    urls = {**_URLS, **_resnet_urls()}
+    if backbone not in urls:
         raise ValueError(
             f"There are no ImageNet weights for the backbone {backbone!r}. Use --weights none to start from random "
             f"weights."
         )
-    url = _URLS[backbone]
+    url = urls[backbone]
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.is_file():
         raise ValueError(
@@ -61,3 +59,13 @@ def _imagenet(backbone: str) -> Path:
             f"with --weights PATH, or start from random weights with --weights none."
         )
     return path
+
+
+def _resnet_urls() -> dict[str, str]:
+    from torchvision.models import (  # pyright: ignore[reportMissingTypeStubs]  # torchvision ships none
+        ResNet50_Weights,  # takes a second to import
+        ResNet101_Weights,
+    )
+
+    # The former is torchvision://resnet50 in mmdetection.
+    return {"resnet50": ResNet50_Weights.IMAGENET1K_V1.url, "resnet101": ResNet101_Weights.IMAGENET1K_V1.url}
