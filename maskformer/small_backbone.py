@@ -55,11 +55,11 @@ class _Block(nn.Module):
         self.downsample = shortcut
 
     def forward(self, x: Float[Tensor, "B _C _h _w"]) -> Float[Tensor, "B _D _i _j"]:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu_(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        x += shortcut
-        return F.relu_(x)
+        found = F.relu_(self.bn1(self.conv1(x)))
+        found = self.bn2(self.conv2(found))
+        # After the convolutions, as in torchvision: the gradients of `x` are added in the reverse order.
+        found += x if self.downsample is None else self.downsample(x)
+        return F.relu_(found)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
