@@ -1,8 +1,9 @@
 """PublishConfig: which checkpoint to evaluate, on which data, and where to register it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from maskformer.config import PanopticConfig
 from pipelines.config.train import at_least
 
 
@@ -19,6 +20,10 @@ class ThresholdConfig:
         for name, value in vars(self).items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"panoptic.{name} must lie in [0, 1], got {value}.")
+
+    def over(self, own: PanopticConfig) -> PanopticConfig:
+        """Return the thresholds of a checkpoint, replaced where others are given."""
+        return replace(own, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

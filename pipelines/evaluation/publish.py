@@ -205,12 +205,7 @@ def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
 
 def _with_thresholds(saved: SavedModel, given: ThresholdConfig) -> SavedModel:
     """Return the model with the thresholds of the command line: the registered model must use the evaluated ones."""
-    trained = saved.config.panoptic
-    panoptic = PanopticConfig(
-        score_threshold=_or(given.score_threshold, trained.score_threshold),
-        overlap_threshold=_or(given.overlap_threshold, trained.overlap_threshold),
-    )
-    return replace(saved, config=replace(saved.config, panoptic=panoptic))
+    return replace(saved, config=replace(saved.config, panoptic=given.over(saved.config.panoptic)))
 
 
 def _start(
@@ -299,7 +294,3 @@ def _register(
             f"The model was evaluated but not registered as {config.register}: {one_line(error)} The result is in "
             f"{evaluation.output}. The same command tries again."
         ) from error
-
-
-def _or(given: float | None, default: float) -> float:
-    return default if given is None else given

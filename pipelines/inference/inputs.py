@@ -1,6 +1,6 @@
 """The pictures and videos that a command line names: files, folders, globs, object-store prefixes and lists.
 
-Listings are streamed, in the same order each time. Memory holds the names of one folder.
+Listings are streamed, in the same order each time. A listing holds the names of one folder in memory.
 """
 
 import glob

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 
-from maskformer import PanopticConfig, Segmenter, checkpoint, weights
+from maskformer import Segmenter, checkpoint, weights
 from pipelines.checkpoints import pretrained
 from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.config.fields import facts
@@ -31,11 +31,7 @@ def open_segmenter(uri: str, thresholds: ThresholdConfig, tracking_uri: str = ""
         segmenter = checkpoint.segmenter(source, "cpu")
     except ValueError as error:
         raise UserError(str(error)) from error
-    given, own = thresholds, segmenter.config
-    segmenter.config = PanopticConfig(
-        score_threshold=own.score_threshold if given.score_threshold is None else given.score_threshold,
-        overlap_threshold=own.overlap_threshold if given.overlap_threshold is None else given.overlap_threshold,
-    )
+    segmenter.config = thresholds.over(segmenter.config)
     return segmenter, source.source
 
 

@@ -26,6 +26,13 @@ def test_a_block_is_that_of_torchvision(stride: int) -> None:
     x = torch.randn(2, 16, 9, 7)
     left, right = (module(x.clone()) for module in (ours, theirs))
     assert torch.equal(left, right)
+    # Three gradients of the input are added here, as in the network, where other layers use the features too: the bits
+    # depend on their order.
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for module, leaf in zip((ours, theirs), inputs, strict=True):
+        shared = leaf * 1.0
+        (shared.sin().sum() + module(shared).square().sum()).backward()
+    assert torch.equal(*(leaf.grad for leaf in inputs))  # pyright: ignore[reportArgumentType]
     for mine, other in zip(
         torch.autograd.grad(left.sum(), list(ours.parameters())),
         torch.autograd.grad(right.sum(), list(theirs.parameters())),

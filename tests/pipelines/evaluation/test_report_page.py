@@ -493,7 +493,7 @@ def test_the_viewer_is_driven_by_keys(opened: Open) -> None:
     assert content.images[worst[10]].file_name in shown.evaluate("viewer.textContent")
     shown.press("Escape")
     assert not shown.evaluate("viewer.open")
-    # It goes on where the viewer was left.
+    # The viewer opens again at the image that it showed last.
     assert shown.evaluate(VISIBLE_IMAGES) == worst[10:20]
     assert shown.evaluate("document.activeElement.alt || document.activeElement.dataset.picture") == "errors"
     shown.press("Enter")
