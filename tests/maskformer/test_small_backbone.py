@@ -31,7 +31,7 @@ def test_a_block_is_that_of_torchvision(stride: int) -> None:
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for module, leaf in zip((ours, theirs), inputs, strict=True):
         shared = leaf * 1.0
-        (shared.sin().sum() + module(shared).square().sum()).backward()
+        (module(shared).square().sum() + shared.sin().sum()).backward()
     assert torch.equal(*(leaf.grad for leaf in inputs))  # pyright: ignore[reportArgumentType]
     for mine, other in zip(
         torch.autograd.grad(left.sum(), list(ours.parameters())),
