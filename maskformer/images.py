@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from maskformer.untrusted import escaped
+
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, the bytes of a file, a Pillow image, or RGB pixels: uint8 [H, W, 3]."""
 
@@ -70,15 +72,10 @@ def read_image(source: ImageSource, *, name: str = "", max_pixels: int = MAX_PIX
         name = name or str(path)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise UnreadableImageError(f"{shown(name)} {what}. Give the path of a picture.")
+            raise UnreadableImageError(f"{escaped(name)} {what}. Give the path of a picture.")
     name = name or "The image"
     with _explained(name), _opened(source) as image:
         return _pixels(image, name, max_pixels)
-
-
-def shown(name: str) -> str:
-    """Return a name on one line, with characters that a terminal would act on escaped."""
-    return name if name.isprintable() else repr(name)[1:-1]
 
 
 @contextmanager
@@ -99,18 +96,18 @@ def _explained(name: str) -> Generator[None]:
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise UnreadableImageError(
-            f"{shown(name)} is no picture of a known format ({known}). Convert it to JPEG or PNG."
+            f"{escaped(name)} is no picture of a known format ({known}). Convert it to JPEG or PNG."
         ) from None
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"{shown(name)} declares too many pixels. Make it smaller.") from error
+        raise UnreadableImageError(f"{escaped(name)} declares too many pixels. Make it smaller.") from error
     except PermissionError as error:
-        raise UnreadableImageError(f"{shown(name)} may not be read by this user. Change its permissions.") from error
+        raise UnreadableImageError(f"{escaped(name)} may not be read by this user. Change its permissions.") from error
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
-        reason = shown(" ".join(str(error).split())[:200]) or type(error).__name__
+        reason = escaped(" ".join(str(error).split())[:200]) or type(error).__name__
         raise UnreadableImageError(
-            f"{shown(name)} cannot be decoded ({reason}). Replace it by an undamaged copy."
+            f"{escaped(name)} cannot be decoded ({reason}). Replace it by an undamaged copy."
         ) from error
 
 
@@ -118,11 +115,11 @@ def _pixels(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray,
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImageError(
-            f"{shown(name)} has {width} x {height} pixels, more than {max_pixels:,}. Make it smaller, or "
+            f"{escaped(name)} has {width} x {height} pixels, more than {max_pixels:,}. Make it smaller, or "
             f"raise max_pixels."
         )
     if 0 in image.size:
-        raise UnreadableImageError(f"{shown(name)} has no pixels. Give a picture.")
+        raise UnreadableImageError(f"{escaped(name)} has no pixels. Give a picture.")
     image.load()
     orientation = _orientation(image)  # after loading, since Pillow turns a TIFF upright itself
     upright = _rgb(image, name)
@@ -145,7 +142,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(np.clip(gray + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F", "LAB"):
         raise UnreadableImageError(
-            f"{shown(name)} has pixels of mode {mode}, whose values have no known range. Convert it to 8 or 16 bits."
+            f"{escaped(name)} has pixels of mode {mode}, whose values have no known range. Convert it to 8 or 16 bits."
         )
     if image.has_transparency_data:
         over = image.convert("RGBA")

@@ -7,6 +7,7 @@ from string import Template
 
 from maskformer.config import ModelConfig, PanopticConfig
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,5 +158,4 @@ def _classes(taxonomy: Taxonomy | None) -> str:
 
 def _text(name: str) -> str:
     """Return a name as text of Markdown in one line."""
-    printable = name if name.isprintable() else repr(name)[1:-1]
-    return "".join(f"\\{sign}" if sign in "\\`*_[]|#!~$" else sign for sign in html.escape(printable, quote=False))
+    return "".join(f"\\{sign}" if sign in "\\`*_[]|#!~$" else sign for sign in html.escape(escaped(name), quote=False))

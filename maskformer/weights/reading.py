@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from maskformer.untrusted import escaped
 from maskformer.weights.pickles import PickledArray, PickledTensor, RefusedError, load_pickle, load_torch
 
 _ZIP = b"PK\x03\x04"
@@ -234,4 +235,4 @@ def _describe(content: object) -> str:
 
 
 def _shown(key: object) -> str:
-    return key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else reprlib.repr(key)
+    return escaped(key if isinstance(key, str) else reprlib.repr(key), 200)

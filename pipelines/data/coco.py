@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from pipelines.data.classes import ClassMap
 from pipelines.data.coco_entries import Report, annotation_row, image_row, read_categories
-from pipelines.data.findings import Findings, escaped
+from pipelines.data.findings import Findings
 from pipelines.data.json_stream import JsonLists
 from pipelines.data.schema import RECORD
 from pipelines.errors import UserError

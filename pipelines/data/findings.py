@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from maskformer.untrusted import escaped
+
 Severity = Literal["error", "warning", "note"]
 
 MAX_EXAMPLES = 1000
@@ -189,11 +191,6 @@ class Finding:
         segment = "" if self.segment_id is None else f"segment {self.segment_id}"
         where = ", ".join(filter(None, (image, segment)))
         return f"{escaped(self.file)}{f' ({where})' if where else ''}: {self.message} [{self.code}]"
-
-
-def escaped(text: str) -> str:
-    """Return `text` with control characters and invalid Unicode escaped, so that it stays in its line."""
-    return repr(text)[1:-1]
 
 
 @dataclass

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maskformer.untrusted import escaped
 from pipelines.data.coco import CocoDataset
-from pipelines.data.findings import escaped
 from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
 from pipelines.data.schema import INDEX
 from pipelines.data.shards import TASK, WRITTEN, WriteShard, shard_file

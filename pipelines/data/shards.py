@@ -17,9 +17,9 @@ from PIL import Image
 
 from maskformer.coco_format import encode_ids
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from pipelines.data.classes import ClassMap
 from pipelines.data.coco import CocoLayout, Segment
-from pipelines.data.findings import escaped
 from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
 from pipelines.data.schema import FILES, INDEX, PACKED, RECORD
 from pipelines.errors import UserError

@@ -14,12 +14,13 @@ import pyarrow as pa
 import ray.data
 from pyarrow import fs
 
+from maskformer.untrusted import escaped
 from pipelines.data.check_report import CheckReport
 from pipelines.data.check_tasks import FILE, CheckImages, HashFiles
 from pipelines.data.checks import CheckConfig
 from pipelines.data.coco import CocoDataset
 from pipelines.data.execution import mapped, outputs
-from pipelines.data.findings import Finding, Findings, escaped
+from pipelines.data.findings import Finding, Findings
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.storage import Location, retried

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.data.findings import escaped
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
 from pipelines.evaluation.score import ScoredImage
 from pipelines.storage import Location

@@ -12,9 +12,9 @@ import ray.data
 
 from maskformer.analysis.image import analyze_image
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from pipelines.cluster.session import session
 from pipelines.data.execution import mapped, outputs
-from pipelines.data.findings import escaped
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files

@@ -11,13 +11,13 @@ from mlflow.tracking import MlflowClient
 
 from maskformer import PanopticConfig
 from maskformer.analysis.bootstrap import Difference, pq_difference
+from maskformer.untrusted import escaped
 from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
 from pipelines.config.publish import PublishConfig, ThresholdConfig
 from pipelines.config.resolve import SQLITE, or_environment, tracking_uri
 from pipelines.config.serialize import to_dict
-from pipelines.data.findings import escaped
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import RunFailedError, UserError
 from pipelines.evaluation.compare import open_evaluation

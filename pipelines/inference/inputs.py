@@ -12,7 +12,7 @@ from typing import Literal
 
 from pyarrow import fs
 
-from pipelines.data.findings import escaped
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
 from pipelines.inference.names import common_folder, output_name, parts_of
 from pipelines.storage import Location, absolute, is_remote, locate, retried

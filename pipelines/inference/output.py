@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO
 
 from maskformer.taxonomy import Taxonomy
-from pipelines.data.findings import escaped
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
 from pipelines.inference.inputs import Item
 from pipelines.inference.stages import Row, png_file

@@ -26,7 +26,7 @@ from maskformer.coco_format import encode_ids
 from maskformer.draw import overlay
 from maskformer.images import UnreadableImageError, read_image
 from maskformer.preprocess import resize_image, resized_shape
-from pipelines.data.findings import escaped
+from maskformer.untrusted import escaped
 from pipelines.errors import StorageRefusedError
 from pipelines.inference.videos import frames
 from pipelines.storage import Location, is_remote, locate, patience

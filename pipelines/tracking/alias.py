@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.default_context import DefaultRunContext
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
-from pipelines.data.findings import escaped
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
 
 _NAME, _RESERVED = re.compile(r"[\w-]{1,200}"), re.compile(r"latest|v\d+", re.IGNORECASE)

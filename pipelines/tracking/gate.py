@@ -12,8 +12,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from maskformer.analysis.bootstrap import Difference, pq_difference
+from maskformer.untrusted import escaped
 from pipelines.config.promote import PromoteConfig
-from pipelines.data.findings import escaped
 from pipelines.errors import UserError
 from pipelines.tracking import history, quality
 from pipelines.tracking.alias import locked, require_alias_name, version_of

@@ -9,8 +9,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 
+from maskformer.untrusted import escaped
 from pipelines.checkpoints.saved_model import SavedModel
-from pipelines.data.findings import escaped
 from pipelines.errors import UserError
 from pipelines.tracking import history
 from pipelines.tracking.alias import move_forward, require_alias_name

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskformer.untrusted import escaped
 from pipelines.storage import Location
 
 WORK: tuple[str, ...] = ("steps", "repeated", "data", "checkpoint", "evaluation")
@@ -153,8 +154,7 @@ def count(value: Any) -> int | None:
 
 def printable(value: Any) -> str:
     """Return a text that was read, with all escaped that a terminal might obey; empty if it is no text."""
-    text = value if isinstance(value, str) else ""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return escaped(value) if isinstance(value, str) else ""
 
 
 def account(events: Iterable[Event], status: Event | None = None) -> Goodput:

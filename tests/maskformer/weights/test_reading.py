@@ -372,7 +372,7 @@ def test_state_dicts() -> None:
 
 NO_TENSORS: dict[str, Callable[[], dict[Any, Any]]] = {
     "the key 1 of a tensor is not a name": lambda: {**TENSORS, 1: torch.zeros(1)},
-    "the key 'a\\\\nb' of a tensor is not a name": lambda: {"a\nb": torch.zeros(1)},
+    "the key a\\\\nb of a tensor is not a name": lambda: {"a\nb": torch.zeros(1)},
     "its tensor c is sparse, quantized or nested": lambda: {"c": torch.eye(2).to_sparse()},
     "its tensor d is sparse, quantized or nested": lambda: {
         "d": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)
