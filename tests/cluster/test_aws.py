@@ -98,8 +98,8 @@ def keys() -> Iterator[Callable[[str], dict[str, str]]]:
             for name in ("bucket-training", "bucket-mlflow"):
                 iam.create_user(UserName=name)
                 policy = copy.deepcopy(POLICIES[name])
-                # Two operations are checked by this server in its own way, and by AWS as s3:ListBucket of the bucket and
-                # as s3:DeleteObject of each of several objects.
+                # This server checks two operations in its own way: AWS asks for s3:ListBucket of the bucket, and for
+                # s3:DeleteObject of each of several objects.
                 bucket = {"Effect": "Allow", "Action": MOTO_ONLY, "Resource": f"arn:aws:s3:::{BUCKET}"}
                 policy["Statement"].append(bucket)
                 document = json.dumps(policy).replace("YOUR-BUCKET", BUCKET)
@@ -332,7 +332,9 @@ def denied(name: str, operation: str, given: dict[str, Any], owner: str = "maskf
 
 
 @pytest.mark.parametrize("name", ["ec2-ray-up", "ec2-head"])
-def test_ray_may_do_what_it_does_and_no_action_more(name: str, calls: dict[str, list[tuple[str, dict[str, Any]]]]) -> None:
+def test_ray_may_do_what_it_does_and_no_action_more(
+    name: str, calls: dict[str, list[tuple[str, dict[str, Any]]]]
+) -> None:
     used = set()
     for operation, given in calls[name]:
         assert denied(name, operation, given) == []
