@@ -20,6 +20,7 @@ import yaml
 from botocore.client import BaseClient
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 from moto import mock_aws
+from pyarrow.fs import copy_files
 from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config
@@ -155,7 +156,7 @@ def test_training_reads_data_and_weights_and_writes_runs(act_as: Callable[[str],
     assert (run / "checkpoint").size() == 12_000_000
     (tmp_path / "a").write_bytes(b"a")
     copy_to = run / "checkpoint_1"
-    pa.fs.copy_files(str(tmp_path), copy_to.path, destination_filesystem=run.filesystem)
+    copy_files(str(tmp_path), copy_to.path, destination_filesystem=run.filesystem)
     run.filesystem.delete_dir(copy_to.path)
     (run / "config.json").delete()
     assert "config.json" not in run.names()
@@ -364,7 +365,8 @@ def test_no_other_machine_can_be_started(
     started = [given for operation, given in calls[name] if operation == "ec2:RunInstances"]
     assert started
     for given in started:
-        assert denied(name, "ec2:RunInstances", {**given, **changed})
+        # Already the machine itself is refused, and not only its role.
+        assert any(no.startswith("ec2:RunInstances") for no in denied(name, "ec2:RunInstances", {**given, **changed}))
 
 
 def test_the_head_starts_no_head_and_nobody_ends_what_is_not_the_clusters(
