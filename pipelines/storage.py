@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow as pa
 from pyarrow import fs
 
+from pipelines.credentials import redacted, refuse_credentials
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,12 @@ def is_remote(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return a path as an absolute path, since workers run in another directory, and a URI without a trailing slash."""
+    """Return a path as an absolute path, since workers run in another directory, and a URI without a trailing slash.
+
+    Raises:
+        UserError: the URI has a user name, password, key or token in it.
+    """
+    refuse_credentials(uri)
     if is_remote(uri):
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
@@ -379,7 +385,7 @@ def _duration(seconds: float) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return redacted(" ".join(str(error).split())).rstrip(".")
 
 
 def _credentials_hint() -> str:
@@ -395,7 +401,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Return the location that a path or URI names; nothing is created or read.
 
     Raises:
-        UserError: the scheme is unknown or the URI malformed.
+        UserError: the scheme is unknown or the URI malformed, or has a user name, password, key or token in it.
         StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
@@ -446,6 +452,7 @@ def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.File
     if isinstance(filesystem, fs.S3FileSystem):
         environment = dict(settings)
         endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        refuse_credentials(endpoint or "", "The endpoint in $AWS_ENDPOINT_URL")
         filesystem = _S3(filesystem.region, endpoint)
     return filesystem, root
 

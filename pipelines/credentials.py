@@ -1,0 +1,149 @@
+"""Credentials come from the environment. They are not part of an address, not shown, and not sent to another host."""
+
+import base64
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from maskformer.untrusted import escaped
+from pipelines.errors import UserError
+
+SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "PGPASSWORD",
+    "MYSQL_PWD",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+)
+"""Environment variables whose values are secret."""
+
+_LEAST_SECRET = 8
+"""Characters of a value that is hidden wherever it occurs. A shorter one could be a word of an ordinary text."""
+
+_HIDDEN = "***"
+_NAME = (
+    r"(?:[\w.%-]*(?:passw(?:or)?d|passwd|pwd|passphrase|token|secret|signature|credential|access_?key|api_?key)[\w.%-]*"
+    r"|pass|sig|key|auth|odbc_connect)"
+)
+_USER = re.compile(  # a password may have characters that belong into no URI, hence the first two
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<user>"
+    r"(?<=s3://)[^\s/?#@:'\"]*:[^\s'\"]*"  # an access key and its secret, which often has slashes; a bucket has no port
+    r"|[^\s/?#@:\['\"]*:(?!\d*(?:[/?#\s'\"]|$))[^\s'\"]*"  # what follows the colon is not a port
+    r"|[^\s/?#'\"]+)@",
+    re.IGNORECASE,
+)
+_QUERY = re.compile(rf"(?P<name>[?&;]{_NAME}=)[^&#\s'\"]+", re.IGNORECASE)
+_QUERY_OF_URI = re.compile(rf"://[^\s]*[?&;]{_NAME}=[^&#\s'\"]", re.IGNORECASE)
+_HEADER = re.compile(
+    r"(?P<name>\b(?:x-ray-|proxy-)?authorization\b['\"]?\s*[:=]\s*(?:b(?=['\"]))?['\"]?)[^\s'\"][^\r\n'\"]*", re.I
+)
+_REDIRECTS = (301, 302, 303, 307, 308)
+_AZURE = ("abfs", "abfss", "wasb", "wasbs")
+
+_REMEDIES = {
+    "s3": "Set $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or use a profile or role",
+    "http": (
+        "Set $MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD, or $MLFLOW_TRACKING_TOKEN, for MLflow, and "
+        "$RAY_AUTH_TOKEN for Ray"
+    ),
+    "postgresql": "Set $PGUSER and $PGPASSWORD, or run an MLflow server before the database",
+    "mysql": "Put them into a file and name it by ?read_default_file=FILE, or run an MLflow server before the database",
+    "gs": "Set $GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "Set $AZURE_CLIENT_ID, $AZURE_TENANT_ID and $AZURE_CLIENT_SECRET",
+}
+_OTHER_REMEDY = "Leave it out; credentials are read from the environment only"
+
+
+def has_credentials(text: str) -> bool:
+    """Return whether a URI in `text` has a user name, a password, a key or a token in it."""
+    return any(True for _ in _users(text)) or bool(_QUERY_OF_URI.search(text))
+
+
+def refuse_credentials(uri: str, what: str = "The address") -> None:
+    """Refuse an address with a user name, password, key or token in it, before it is stored, contacted or shown.
+
+    Args:
+        what: what the address is of, for the message.
+
+    Raises:
+        UserError: it has.
+    """
+    if not has_credentials(uri):
+        return
+    scheme = re.search(r"([a-z][a-z0-9+.-]*)://", uri, re.IGNORECASE)
+    name = scheme[1].lower().partition("+")[0] if scheme else ""
+    name = {"https": "http", "postgres": "postgresql", "s3a": "s3", "gcs": "gs", "abfss": "abfs"}.get(name, name)
+    raise UserError(
+        f"{what} {escaped(redacted(uri))} has a user name, password, key or token in it, which would be stored and "
+        f"shown. {_REMEDIES.get(name, _OTHER_REMEDY)}, and give the address without it."
+    )
+
+
+def redacted(text: str) -> str:
+    """Return `text` without secrets: those in URIs and Authorization headers, and values of `SECRET_VARIABLES`."""
+    for name, value in _secrets():
+        text = text.replace(value, f"[${name}]")
+    for match in reversed(list(_users(text))):
+        text = text[: match.start("user")] + text[match.end() :]
+    text = _QUERY.sub(rf"\g<name>{_HIDDEN}", text)
+    return _HEADER.sub(rf"\g<name>{_HIDDEN}", text)
+
+
+def open_url(request: str | urllib.request.Request, timeout: float) -> HTTPResponse:
+    """Request an http:// or https:// URL. A redirect is not followed: what the request carries is for its host only.
+
+    Raises:
+        urllib.error.HTTPError: the status is not a success. `redirect` tells whether it is a redirect.
+        OSError: there is no answer.
+    """
+    return urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout)
+
+
+def redirect(status: int, location: str | None) -> str:
+    """Return where an HTTP answer redirects to, as scheme and host, or as a path; empty if this is no redirect.
+
+    Args:
+        location: the header of that name.
+    """
+    if status not in _REDIRECTS:
+        return ""
+    try:
+        target = urlsplit(location or "")
+    except ValueError:
+        return "another address"
+    where = redacted(f"{target.scheme}://{target.netloc}") if target.netloc else target.path
+    return escaped(where, 200) or "another address"
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _users(text: str) -> Iterator[re.Match[str]]:
+    """Yield the user names and passwords in the URIs of a text, as the group `user`."""
+    for match in _USER.finditer(text):
+        scheme, user = match["scheme"].lower(), match["user"]
+        container = scheme in _AZURE and ":" not in user
+        if not container and (scheme, user) != ("gs", "anonymous"):
+            yield match
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    """Yield the secrets in the environment with the names of their variables, in all forms that they are written in."""
+    for name in SECRET_VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= _LEAST_SECRET:
+            yield from ((name, form) for form in dict.fromkeys((value, quote(value, safe=""), json.dumps(value)[1:-1])))
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if password:
+        yield "MLFLOW_TRACKING_PASSWORD", base64.b64encode(f"{user}:{password}".encode()).decode()
