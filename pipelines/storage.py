@@ -23,13 +23,15 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.error import HTTPError
 
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.credentials import redacted, refuse_credentials
+from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -452,9 +454,33 @@ def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.File
     if isinstance(filesystem, fs.S3FileSystem):
         environment = dict(settings)
         endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-        refuse_credentials(endpoint or "", "The endpoint in $AWS_ENDPOINT_URL")
+        if endpoint:
+            refuse_credentials(endpoint, "The endpoint in $AWS_ENDPOINT_URL")
+            _refuse_redirects(endpoint, root)
         filesystem = _S3(filesystem.region, endpoint)
     return filesystem, root
+
+
+def _refuse_redirects(endpoint: str, bucket: str) -> None:
+    """Refuse an endpoint that redirects: the client follows, and sends content and session token to the other host too.
+
+    AWS redirects between its own regions, so only a given endpoint is asked, once, and without credentials.
+
+    Raises:
+        StorageRefusedError: it redirects.
+    """
+    target = ""
+    try:
+        open_url(f"{endpoint.rstrip('/')}/{bucket}", _CONNECT_TIMEOUT).close()
+    except HTTPError as error:
+        target = redirect(error.code, error.headers.get("Location"))
+    except (OSError, ValueError, HTTPException):
+        return  # the client itself finds out, and tries again
+    if target:
+        raise StorageRefusedError(
+            f"The S3 endpoint {endpoint} answers with a redirect to {target}, which is not followed: credentials "
+            f"would be sent there. If that is your storage, set $AWS_ENDPOINT_URL to its address."
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -64,6 +64,11 @@ def asks_for_help() -> bool:
     return bool({"--help", "--help-all", "-h"}.intersection(_own_arguments()))
 
 
+def is_given(setting: str) -> bool:
+    """Tell whether the command line has the flag of a setting."""
+    return any(argument.partition("=")[0] == f"--{setting}" for argument in _own_arguments())
+
+
 def _own_arguments() -> list[str]:
     """Return the arguments before `--`, after which a command for a cluster follows."""
     arguments = sys.argv[1:]

@@ -37,7 +37,7 @@ def require_reachable(uri: str) -> None:
             a user name or password in it.
     """
     refuse_credentials(uri, "The address of MLflow")
-    if uri.startswith(("http://", "https://")):
+    if uri.lower().startswith(("http://", "https://")):
         _require_server(uri)
     elif uri.startswith("sqlite:///"):
         _require_database(Path(uri.removeprefix("sqlite:///")))
