@@ -98,6 +98,15 @@ def redacted(text: str) -> str:
     return _HEADER.sub(rf"\g<name>{_HIDDEN}", text)
 
 
+def without_secrets(value: Any) -> Any:
+    """Return a JSON-able value, all of whose texts are `redacted`."""
+    if isinstance(value, dict):
+        return {key: without_secrets(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(each) for each in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
 def open_url(request: str | urllib.request.Request, timeout: float) -> HTTPResponse:
     """Request an http:// or https:// URL. A redirect is not followed: what the request carries is for its host only.
 

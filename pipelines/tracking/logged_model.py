@@ -26,7 +26,7 @@ from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.config.overrides import flatten
 from pipelines.config.serialize import to_dict
-from pipelines.credentials import redacted
+from pipelines.credentials import without_secrets
 from pipelines.tracking.example import example_image
 from pipelines.tracking.server import require_artifacts
 
@@ -45,13 +45,13 @@ def logged_model(client: MlflowClient, saved: SavedModel, experiment_id: str, so
     fingerprint = _fingerprint(saved)
     if found := _find(client, experiment_id, fingerprint):
         return found
-    params = flatten(to_dict(saved.config))
+    params = flatten(without_secrets(to_dict(saved.config)))
     params.pop("tracking.uri")
     created = mlflow.create_external_model(
         name=_NAME,
         source_run_id=source_run,
         tags={_FINGERPRINT: fingerprint, "checkpoint": saved.uri, "step": str(saved.step)},
-        params={key: redacted(str(value)) for key, value in params.items()},
+        params={key: str(value) for key, value in params.items()},
         model_type=_TYPE,
         experiment_id=experiment_id,
     )

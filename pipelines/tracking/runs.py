@@ -18,7 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from pipelines.config.overrides import flatten
-from pipelines.credentials import redacted
+from pipelines.credentials import redacted, without_secrets
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location
 from pipelines.tracking.server import explained, one_line, require_artifacts, require_reachable
@@ -165,7 +165,7 @@ class TrackedRun:
             folder: the training run's folder. What is in it of unsent metrics is sent first. If MLflow is unreachable,
                 status and tags are kept there for `settle`.
         """
-        final = RunStatus(status, {key: redacted(value) for key, value in tags.items()})
+        final = RunStatus(status, without_secrets(tags))
         try:
             require_reachable(self.uri)  # the client itself would retry for minutes
             if folder is not None:
@@ -255,10 +255,10 @@ def _keep(what: str, error: Exception, folder: Location, write: Callable[[Unsent
 def _create(
     client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], config: dict[str, Any], parent: str
 ) -> str:
-    shown = {key: redacted(value) for key, value in tags.items()}
-    about = {**_context(), **shown, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    about = {**_context(), **without_secrets(tags), **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=about).info.run_id
-    params = [Param(key, redacted(str(value))) for key, value in flatten(config).items()]
+    config = without_secrets(config)
+    params = [Param(key, str(value)) for key, value in flatten(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
     client.log_dict(run_id, config, "config.json")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ray.exceptions import ActorUnavailableError
 
-from pipelines.credentials import redacted
+from pipelines.credentials import without_secrets
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 
@@ -69,7 +69,7 @@ class Ledger:
 
         Only an event that ends an attempt waits a while for the storage, since workers run after a start.
         """
-        self.events.append({"event": event, "time": round(time.time(), 3), **_without_secrets(facts)})
+        self.events.append({"event": event, "time": round(time.time(), 3), **without_secrets(facts)})
         if self._lost.is_set():
             return
         # Rewritten whole: an object store cannot append, and a run has few events.
@@ -118,10 +118,6 @@ class Ledger:
         """The steps that were not finite in an earlier attempt."""
         failures = (event for event in self.events if event.get("cause_class") == "non-finite")
         return frozenset(event["failed_step"] for event in failures if "failed_step" in event)
-
-
-def _without_secrets(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: redacted(value) if isinstance(value, str) else value for key, value in facts.items()}
 
 
 def read(run: Location) -> list[dict[str, Any]]:
