@@ -474,6 +474,7 @@ def _refuse_redirects(endpoint: str, bucket: str) -> None:
         open_url(f"{endpoint.rstrip('/')}/{bucket}", _CONNECT_TIMEOUT).close()
     except HTTPError as error:
         target = redirect(error.code, error.headers.get("Location"))
+        error.close()
     except (OSError, ValueError, HTTPException):
         return  # the client itself finds out, and tries again
     if target:

@@ -22,7 +22,7 @@ from PIL import Image
 from jobs.shared import console
 from jobs.shared.cli import run
 from maskformer import Taxonomy
-from pipelines.config.recipes import R50_MMDET
+from pipelines.config.recipes import DEMO, R50_MMDET
 from pipelines.config.serialize import VERSION, to_dict
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import open_pack
@@ -185,13 +185,20 @@ def test_predict_and_convert_use_nothing_that_a_checkpoint_names(
 
 @pytest.mark.ray
 def test_an_evaluation_uses_nothing_that_a_checkpoint_names(
-    job: Job, checkpoint: Path, database: Path, packs: dict[str, str], ray_session: str, own: Planted, tmp_path: Path
+    job: Job,
+    checkpoint: Path,
+    database: Path,
+    packs: dict[str, str],
+    ray_session: str,
+    own: Planted,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     shutil.move(database, checkpoint.parent / "mlflow.db")
     data = ("--data", packs["val"], "--scaling.device", "cpu", "--report-images", "0")
     answer = job("evaluate", "--checkpoint", checkpoint, *data, "--register", "theirs")
     assert answer.status == 0, answer.text
-    assert "--tracking.uri or $MLFLOW_TRACKING_URI chooses another place" in answer.text
+    assert "--tracking.uri or $MLFLOW_TRACKING_URI chooses another place" in caplog.text
     assert not own.received
     require_no_secret_in(checkpoint.parent)
 
@@ -262,7 +269,6 @@ def test_an_address_of_a_file_is_used_if_asked_for(
 # ---- results, packs and data sets
 
 
-@pytest.mark.ray
 def test_a_sweep_of_a_stranger_does_not_move_its_trials(
     job: Job, tiny: TrainConfig, stranger: Planted, database: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +292,7 @@ def test_a_sweep_of_a_stranger_does_not_move_its_trials(
     (folder / "sweep.json").write_text(json.dumps(record))
     trial = {"name": "trial-000", "values": values, "status": "waiting", "results": [], "cause": ""}
     (folder / "trials.json").write_text(json.dumps([trial]))
-    arguments = flags(config, R50_MMDET)
+    arguments = flags(config, DEMO)
     space = ("--sweep.space", "optimizer.lr=0.001,0.002", "--sweep.trials", "1")
     answer = job("sweep", "--recipe", "demo", *arguments, *space)
     assert answer.status == 2
@@ -440,6 +446,7 @@ def test_what_a_server_receives_of_a_run_has_no_secret(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_leaves_no_secret(job: Job, tiny: TrainConfig, database: Path, ray_session: str, tmp_path: Path) -> None:
     config = replace(tiny, run=replace(tiny.run, steps=2), tracking=replace(tiny.tracking, uri=f"sqlite:///{database}"))
     assert job("train_r50", *flags(config, R50_MMDET)).status == 0
