@@ -107,14 +107,18 @@ def without_secrets(value: Any) -> Any:
     return redacted(value) if isinstance(value, str) else value
 
 
-def open_url(request: str | urllib.request.Request, timeout: float) -> HTTPResponse:
+def open_url(request: str | urllib.request.Request, timeout: float, direct: bool = False) -> HTTPResponse:
     """Request an http:// or https:// URL. A redirect is not followed: what the request carries is for its host only.
+
+    Args:
+        direct: do not use the proxies of the environment.
 
     Raises:
         urllib.error.HTTPError: the status is not a success. `redirect` tells whether it is a redirect.
         OSError: there is no answer.
     """
-    return urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout)
+    proxies = urllib.request.ProxyHandler({} if direct else None)
+    return urllib.request.build_opener(_NoRedirects, proxies).open(request, timeout=timeout)
 
 
 def redirect(status: int, location: str | None) -> str:
@@ -123,10 +127,10 @@ def redirect(status: int, location: str | None) -> str:
     Args:
         location: the header of that name.
     """
-    if status not in _REDIRECTS:
+    if status not in _REDIRECTS or not location:
         return ""
     try:
-        target = urlsplit(location or "")
+        target = urlsplit(location)
     except ValueError:
         return "another address"
     where = redacted(f"{target.scheme}://{target.netloc}") if target.netloc else target.path

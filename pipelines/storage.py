@@ -464,14 +464,15 @@ def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.File
 def _refuse_redirects(endpoint: str, bucket: str) -> None:
     """Refuse an endpoint that redirects: the client follows, and sends content and session token to the other host too.
 
-    AWS redirects between its own regions, so only a given endpoint is asked, once, and without credentials.
+    The client cannot be told not to. AWS redirects between its own regions, so only a given endpoint is asked, once for
+    each bucket, and without credentials. Unlike jobs, the client uses no proxy of the environment.
 
     Raises:
         StorageRefusedError: it redirects.
     """
     target = ""
     try:
-        open_url(f"{endpoint.rstrip('/')}/{bucket}", _CONNECT_TIMEOUT).close()
+        open_url(f"{endpoint.rstrip('/')}/{bucket}", _CONNECT_TIMEOUT, direct=True).close()
     except HTTPError as error:
         target = redirect(error.code, error.headers.get("Location"))
         error.close()
