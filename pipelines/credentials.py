@@ -30,19 +30,16 @@ _LEAST_SECRET = 8
 """Characters of a value that is hidden wherever it occurs. A shorter one could be a word of an ordinary text."""
 
 _HIDDEN = "***"
-_NAME = (
-    r"(?:[\w.%-]*(?:passw(?:or)?d|passwd|pwd|passphrase|token|secret|signature|credential|access_?key|api_?key)[\w.%-]*"
-    r"|pass|sig|key|auth|odbc_connect)"
-)
-_USER = re.compile(  # a password may have characters that belong into no URI, hence the first two
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<user>"
-    r"(?<=s3://)[^\s/?#@:'\"]*:[^\s'\"]*"  # an access key and its secret, which often has slashes; a bucket has no port
-    r"|[^\s/?#@:\['\"]*:(?!\d*(?:[/?#\s'\"]|$))[^\s'\"]*"  # what follows the colon is not a port
-    r"|[^\s/?#'\"]+)@",
+_WORD = re.compile(r"[^\s'\"]+")
+_SCHEME = re.compile(r"[a-z0-9+.-]{1,40}$", re.IGNORECASE)
+_PATH = re.compile(r"[/?#]")
+_PORT = re.compile(r"\d*([/?#]|$)")
+_PARAMETER = re.compile(r"(?P<name>[?&;](?P<key>[\w.%-]{1,100})=)[^&#\s'\"]+")
+_SECRET_KEY = re.compile(
+    r"passw(?:or)?d|passwd|pwd|passphrase|token|secret|signature|credential|access_?key|api_?key"
+    r"|^(?:pass|sig|key|auth|odbc_connect)$",
     re.IGNORECASE,
 )
-_QUERY = re.compile(rf"(?P<name>[?&;]{_NAME}=)[^&#\s'\"]+", re.IGNORECASE)
-_QUERY_OF_URI = re.compile(rf"://[^\s]*[?&;]{_NAME}=[^&#\s'\"]", re.IGNORECASE)
 _HEADER = re.compile(
     r"(?P<name>\b(?:x-ray-|proxy-)?authorization\b['\"]?\s*[:=]\s*(?:b(?=['\"]))?['\"]?)[^\s'\"][^\r\n'\"]*", re.I
 )
@@ -65,7 +62,10 @@ _OTHER_REMEDY = "Leave it out; credentials are read from the environment only"
 
 def has_credentials(text: str) -> bool:
     """Return whether a URI in `text` has a user name, a password, a key or a token in it."""
-    return any(True for _ in _users(text)) or bool(_QUERY_OF_URI.search(text))
+    if any(True for _ in _users(text)):
+        return True
+    uris = (word[0].partition("://")[2] for word in _WORD.finditer(text))
+    return any(_SECRET_KEY.search(found["key"]) for uri in uris for found in _PARAMETER.finditer(uri))
 
 
 def refuse_credentials(uri: str, what: str = "The address") -> None:
@@ -92,9 +92,12 @@ def redacted(text: str) -> str:
     """Return `text` without secrets: those in URIs and Authorization headers, and values of `SECRET_VARIABLES`."""
     for name, value in _secrets():
         text = text.replace(value, f"[${name}]")
-    for match in reversed(list(_users(text))):
-        text = text[: match.start("user")] + text[match.end() :]
-    text = _QUERY.sub(rf"\g<name>{_HIDDEN}", text)
+    kept, end = [], 0
+    for start, stop in _users(text):
+        kept.append(text[end:start])
+        end = stop
+    text = "".join([*kept, text[end:]])
+    text = _PARAMETER.sub(lambda found: found["name"] + _HIDDEN if _SECRET_KEY.search(found["key"]) else found[0], text)
     return _HEADER.sub(rf"\g<name>{_HIDDEN}", text)
 
 
@@ -142,13 +145,40 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _users(text: str) -> Iterator[re.Match[str]]:
-    """Yield the user names and passwords in the URIs of a text, as the group `user`."""
-    for match in _USER.finditer(text):
-        scheme, user = match["scheme"].lower(), match["user"]
-        container = scheme in _AZURE and ":" not in user
-        if not container and (scheme, user) != ("gs", "anonymous"):
-            yield match
+def _users(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each user name and password in the URIs of a text, with the @ behind it.
+
+    The text may be hostile, so the time is proportional to its length.
+    """
+    for word in _WORD.finditer(text):
+        last, start = text.rfind("@", word.start(), word.end()), word.start()
+        while last >= 0 and (mark := text.find("://", start, last)) >= 0:
+            start = mark + 3
+            scheme = _SCHEME.search(text, max(word.start(), mark - 40), mark)
+            if scheme and (end := _end_of_user(scheme[0].lower(), text, start, last)) > start:
+                yield start, end
+                start = end
+
+
+def _end_of_user(scheme: str, text: str, start: int, last: int) -> int:
+    """Return where the user name and password of a URI end; `start` if it has none.
+
+    Args:
+        start: of what follows the scheme.
+        last: place of the last @ in the word.
+    """
+    found = _PATH.search(text, start, last)
+    authority = found.start() if found else last + 1
+    colon = text.find(":", start, authority)
+    # A password may have characters that belong into no URI: what follows the colon is then no port. A secret key of S3
+    # often has slashes, and a bucket has no port.
+    if colon >= 0 and text[start] != "[" and (scheme == "s3" or not _PORT.match(text, colon + 1)):
+        return last + 1
+    end = text.rfind("@", start, authority) + 1
+    user = text[start : end - 1]
+    if (scheme in _AZURE and ":" not in user) or (scheme, user) == ("gs", "anonymous"):
+        return start  # the name of a container, or nobody
+    return max(start, end)
 
 
 def _secrets() -> Iterator[tuple[str, str]]:

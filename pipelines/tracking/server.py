@@ -76,7 +76,7 @@ def require_artifacts(uri: str, location: str) -> None:
     """Refuse artifacts on another host than the server: MLflow's client would send it user name and password.
 
     Whoever can write to a database or a registry chooses the location. Buckets are allowed: their keys sign requests to
-    the endpoint of the environment only.
+    the endpoint of the environment only. A SQLite file may have come with a checkpoint, so it names no host at all.
 
     Args:
         uri: of the server or database.
@@ -87,7 +87,9 @@ def require_artifacts(uri: str, location: str) -> None:
     """
     server, found = urlsplit(uri), urlsplit(location)
     if found.scheme in _STORES or (
-        found.scheme in ("mlflow-artifacts", "http", "https") and found.netloc in ("", server.netloc)
+        found.netloc in ("", server.netloc)
+        if found.scheme in ("mlflow-artifacts", "http", "https")
+        else not uri.startswith("sqlite:")
     ):
         return
     raise UserError(
