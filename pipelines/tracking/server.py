@@ -89,7 +89,7 @@ def require_artifacts(uri: str, location: str) -> None:
     if found.scheme in _STORES or (
         found.netloc in ("", server.netloc)
         if found.scheme in ("mlflow-artifacts", "http", "https")
-        else not uri.startswith("sqlite:")
+        else not uri.startswith("sqlite")
     ):
         return
     raise UserError(
