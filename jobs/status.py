@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jobs.shared.cli import parse, run
+from pipelines.credentials import redacted
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -160,8 +161,7 @@ def _mlflow_run(record: dict[str, Any]) -> str:
     tracking = config.get("tracking") if isinstance(config, dict) else None
     uri = printable(tracking.get("uri")) if isinstance(tracking, dict) else ""
     name = printable(record.get("mlflow_run_id"))
-    # A password may be in the address.
-    return name and f"{name} at {re.sub(r'//[^/@]*@', '//', uri) or 'an unknown address'}"
+    return name and f"{name} at {redacted(uri) or 'an unknown address'}"
 
 
 def _json(reports: "_Report | list[_Report]") -> str:

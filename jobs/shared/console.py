@@ -14,12 +14,20 @@ from typing import TextIO
 from tqdm import tqdm
 
 from pipelines import progress
+from pipelines.credentials import redacted
 from pipelines.errors import UserError
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 log_files: list[Path] = []
 """Where the output of Ray and MLflow went in this process."""
+
+
+class Formatter(logging.Formatter):
+    """Formats log lines, and their tracebacks, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 class Console(logging.Handler):
@@ -29,7 +37,7 @@ class Console(logging.Handler):
         """Write `announcement` before the first line: a job that is refused before has nothing to announce."""
         super().__init__()
         self.stream, self._announcement = stream, announcement
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(Formatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -69,7 +77,7 @@ def quiet(verbose: bool) -> Iterator[None]:
         host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
         console = Console(stderr, f"Output of Ray and MLflow goes to {host}{file} (--verbose shows it here).")
         to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter(f"{FORMAT} [%(name)s]"))
+        to_file.setFormatter(Formatter(f"{FORMAT} [%(name)s]"))
         try:
             root.handlers = [to_file, *(handler for handler in handlers if type(handler) is not logging.StreamHandler)]
             for logger in ours:
