@@ -22,7 +22,7 @@ check: .venv/installed  ## check format, lint, types, import contracts and spell
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
-	$(BIN)/codespell --builtin clear,rare,en-GB_to_en-US maskformer pipelines jobs cluster docs tests README.md CONTRIBUTING.md CHANGELOG.md Makefile pyproject.toml
+	$(BIN)/codespell --builtin clear,rare,en-GB_to_en-US maskformer pipelines jobs cluster docs tests README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md Makefile pyproject.toml
 
 format: .venv/installed  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
