@@ -14,7 +14,6 @@ saved, since every random number is a function of the position in the data.
 import io
 import json
 import logging
-import pickle
 import platform
 import re
 from collections.abc import Callable
@@ -28,7 +27,11 @@ import torch
 import torchvision
 from torch import Tensor
 
+from maskformer import weights
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped, parse_json
+from maskformer.weights.pickles import RefusedError
+from maskformer.weights.pickles import load as load_pickled
 from pipelines.config.serialize import to_dict
 from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
@@ -122,10 +125,10 @@ def save(folder: Location, state: TrainingState, config: TrainConfig, taxonomy: 
     rest = {"step": state.step, "optimizer": state.optimizer, "progress": state.progress}
     if state.averaged is not None:
         rest["model"] = state.model
-    weights = state.model if state.averaged is None else state.averaged
+    best = state.model if state.averaged is None else state.averaged
     about = {"config": to_dict(config), "categories": taxonomy.to_coco()}
     contents: dict[str, Callable[[BinaryIO], object]] = {
-        "model.safetensors": lambda file: file.write(safetensors.torch.save(weights)),
+        "model.safetensors": lambda file: file.write(safetensors.torch.save(best)),
         "state.pt": lambda file: torch.save(rest, file),
         "config.json": lambda file: file.write(json.dumps(about, indent=1).encode()),
     }
@@ -208,21 +211,40 @@ def load(folder: Location) -> TrainingState:
         StorageUnavailableError: the storage did not answer.
     """
     data = read_verified(folder, ["model.safetensors", "state.pt"])
+    saved = read_weights(folder, data["model.safetensors"])
     try:
-        rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
-        weights = safetensors.torch.load(data["model.safetensors"])
-        averaged = weights if "model" in rest else None
-        model = rest.get("model", weights)
-        return TrainingState(rest["step"], model, rest["optimizer"], averaged, rest.get("progress", {}))
-    except pickle.UnpicklingError as error:  # torch's message advises to disable the protection
+        rest = load_pickled(io.BytesIO(data["state.pt"]))
+    except RefusedError as error:
         raise DamagedCheckpointError(
-            f"{folder} was not opened: its state.pt has more than tensors and plain values, so loading it could run "
-            f"code."
+            f"{folder} was not opened: its state.pt has more than tensors and plain values ({error}), so loading it "
+            f"could run code."
         ) from error
-    except Exception as error:  # both libraries raise many types for what they cannot read
-        raise DamagedCheckpointError(
-            f"{folder} cannot be read by this version: {type(error).__name__}: {error}"
-        ) from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read by this version: its state.pt: {error}.") from error
+    match rest:
+        case {"step": int(step), "optimizer": dict(optimizer)} if step >= 0 and not isinstance(step, bool):
+            model, progress = rest.get("model", saved), rest.get("progress", {})
+            if isinstance(progress, dict) and isinstance(model, dict) and _are_weights(model):
+                return TrainingState(step, model, optimizer, saved if "model" in rest else None, progress)
+    raise DamagedCheckpointError(f"{folder} cannot be read by this version: its state.pt is not a training state.")
+
+
+def _are_weights(values: dict[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items())
+
+
+def read_weights(folder: Location, content: bytes) -> dict[str, Tensor]:
+    """Return the tensors in the content of a checkpoint's model.safetensors.
+
+    Raises:
+        DamagedCheckpointError: they cannot be read.
+    """
+    file = io.BytesIO(content)
+    file.name = f"{folder}/model.safetensors"
+    try:
+        return weights.read(file).tensors
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
 def newest(run: Location, read: Callable[[Location], Loaded]) -> Loaded | None:
