@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import torch
-
 from maskformer.untrusted import escaped, parse_json
 from maskformer.weights.stored import Place, StoredTensor, Unreadable, contiguous_strides, dtypes, read_tensors
 
@@ -271,5 +269,3 @@ def _integer(value: object) -> int:
 def _is_key(value: object) -> bool:
     # Other keys may be made to have equal hashes, with which a dictionary takes quadratic time.
     return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
-
-

@@ -78,11 +78,11 @@ BYTES_OF = {
 """Bytes of an element; 1 of all other types."""
 
 
-class Refused(Exception):  # noqa: N818  # what it says is a name
+class Refused(Exception):  # what it says is a name
     """The name of a function or class that no checkpoint needs."""
 
 
-class Damaged(Exception):  # noqa: N818
+class Damaged(Exception):
     """Why the file cannot be read."""
 
 
@@ -179,7 +179,9 @@ class Storage:
 class Tensor:
     __slots__ = ("kind", "offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: Storage, kind: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    def __init__(
+        self, storage: Storage, kind: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> None:
         self.storage, self.kind, self.offset, self.shape, self.strides = storage, kind, offset, shape, strides
 
 
@@ -347,8 +349,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda shape: tuple(_sequence(shape)),
     "torch.device": _ignored,
 }
-_WORDS = "bfloat16 bool complex32 complex64 complex128 float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32"
-_WORDS += " uint64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu qint8 qint32 quint8 quint4x2"
+_WORDS = (
+    "bfloat16 bool complex32 complex64 complex128 float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32"
+)
+_WORDS += (
+    " uint64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu qint8 qint32 quint8 quint4x2"
+)
 _WORDS += " quint2x4 per_tensor_affine per_channel_affine per_tensor_symmetric per_channel_symmetric Tensor"
 VALUES = {
     "torch.storage.UntypedStorage",
