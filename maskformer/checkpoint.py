@@ -15,8 +15,9 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -180,14 +181,15 @@ def _read_best(run: Path) -> weights.Weights:
 
 
 def _read_step(folder: Path) -> weights.Weights:
-    version: object = None
+    wrong: list[str] = []
+    about: Mapping[str, Any] = {}
     try:
         manifest = _object(read_json(folder / "manifest.json"))
         version = manifest["version"]
         if version == _VERSION:
             files = _object(manifest["files"])
             wrong = [name for name in _FILES if _sha256(folder / name) != _object(files[name])["sha256"]]
-            about = {} if wrong else _object(read_json(folder / "config.json"))
+            about = _object(read_json(folder / "config.json"))
     except (OSError, ValueError, KeyError) as error:
         what = f"{type(error).__name__}: {escaped(error, 300)}"
         raise _DamagedError(f"{folder} is not a complete checkpoint ({what}). Use another one of its run.") from error
@@ -220,7 +222,7 @@ def _read_registered(folder: Path) -> weights.Weights:
 
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
 
 def _object(value: object) -> Mapping[str, Any]:

@@ -32,8 +32,8 @@ class ModelConfig:
     feedforward_dim: int = 2048
     """Hidden units of the transformer's feed-forward networks. At most 65,536."""
     encoder_layers: int = 6
-    """Transformer encoder layers in the pixel decoder; 0 is the plain FPN. They process the coarsest feature map. At most
-    100."""
+    """Transformer encoder layers in the pixel decoder; 0 is the plain FPN. They process the coarsest feature map. At
+    most 100."""
     decoder_layers: int = 6
     """Layers of the transformer decoder. Each has losses of its own. At most 100."""
     dropout: float = 0.1
@@ -83,13 +83,13 @@ class ModelConfig:
         for name in ("dropout", "decoder_feedforward_dropout", "drop_path"):
             if not 0 <= require_number(f"model.{name}", getattr(self, name)) < 1:
                 raise ValueError(f"model.{name} must lie in [0, 1), got {_shown(getattr(self, name))}.")
-        if not isinstance(self.checkpoint_activations, bool):
+        if type(self.checkpoint_activations) is not bool:
             raise ValueError(
                 f"model.checkpoint_activations must be true or false, got {_shown(self.checkpoint_activations)}."
             )
         for name in ("pixel_mean", "pixel_std"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or len(values) != 3:
+            values: Any = getattr(self, name)
+            if type(values) is not tuple or len(values) != 3:
                 raise ValueError(f"model.{name} must be three numbers, got {_shown(values)}.")
             for value in values:
                 if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value < 1e-6):

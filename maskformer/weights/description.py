@@ -95,8 +95,8 @@ def _native_taxonomy(weights: Weights) -> Taxonomy | None:
         taxonomy = Taxonomy.from_coco(categories)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{weights.source} has categories that are not a list of classes ({escaped(error, 500)}). Give an undamaged "
-            f"copy of the file."
+            f"{weights.source} has categories that are not a list of classes ({escaped(error, 500)}). Give an "
+            f"undamaged copy of the file."
         ) from error
     # A folder of transformers may have been trained on other classes since: it keeps unknown fields of config.json.
     labels = weights.about.get("id2label")

@@ -12,8 +12,9 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from maskformer.untrusted import escaped, parse_json
 from maskformer.weights.stored import Place, StoredTensor, Unreadable, contiguous_strides, dtypes, read_tensors
@@ -93,7 +94,8 @@ def load(file: BinaryIO) -> Any:
         elif isinstance(value, Unreadable):
             raise ValueError(value.reason)
         elif isinstance(value, dict | list | tuple):
-            for each in value.values() if isinstance(value, dict) else value:  # pyright: ignore[reportUnknownVariableType]  # of any type
+            items = cast("Iterable[Any]", value.values() if isinstance(value, dict) else value)
+            for each in items:
                 collect(each)
 
     def with_tensors(value: Any) -> Any:
@@ -101,13 +103,13 @@ def load(file: BinaryIO) -> Any:
             case StoredTensor():
                 return tensors[value]
             case dict():
-                return {key: with_tensors(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+                return {key: with_tensors(each) for key, each in cast("dict[Any, Any]", value).items()}
             case list():
-                return list(map(with_tensors, value))  # pyright: ignore[reportUnknownArgumentType]
+                return list(map(with_tensors, cast("list[Any]", value)))
             case tuple():
-                return tuple(map(with_tensors, value))  # pyright: ignore[reportUnknownArgumentType]
+                return tuple(map(with_tensors, cast("tuple[Any, ...]", value)))
             case _:
-                return value
+                return value  # pyright: ignore[reportUnknownVariableType]  # of any type
 
     collect(content)
     tensors = read_tensors(file, size, found)

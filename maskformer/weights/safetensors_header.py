@@ -1,6 +1,6 @@
 """Read the header of a safetensors file: which tensors it has, and where their values are."""
 
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from maskformer.untrusted import escaped, parse_json
 from maskformer.weights.stored import MAX_TENSORS, Place, StoredTensor, Unreadable, contiguous_strides, dtypes
@@ -41,22 +41,23 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, StoredTensor | Unr
         raise ValueError(f"its header is said to have {length:,} bytes, the file has {size:,}")
     if length > MAX_HEADER:
         raise ValueError(f"its header has {length:,} bytes, more than {MAX_HEADER:,}")
-    header: Any = parse_json(file.read(length))
-    if not isinstance(header, dict):
+    content: object = parse_json(file.read(length))
+    if not isinstance(content, dict):
         raise ValueError("its header is not an object")
-    metadata: Any = header.pop("__metadata__", {})  # pyright: ignore[reportUnknownMemberType]  # JSON
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    header = cast("dict[str, Any]", content)
+    metadata: object = header.pop("__metadata__", {})
+    texts = cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {"": None}
+    if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("its metadata are not texts")
-    if len(header) > MAX_TENSORS:  # pyright: ignore[reportUnknownArgumentType]
+    if len(header) > MAX_TENSORS:
         raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
     tensors: dict[str, StoredTensor | Unreadable] = {}
-    end = start
     ranges: list[tuple[int, int]] = []
-    for name, entry in header.items():  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        kind, shape, first, last = _entry(str(name), entry)  # pyright: ignore[reportUnknownArgumentType]
+    for name, entry in header.items():
+        kind, shape, first, last = _entry(name, entry)
         ranges.append((first, last))
         place = Place(start + first, last - first)
-        tensors[str(name)] = (  # pyright: ignore[reportUnknownArgumentType]
+        tensors[name] = (
             StoredTensor(place, _TYPES[kind], 0, shape, contiguous_strides(shape), fills=True)
             if kind in _TYPES
             else Unreadable(f"it is of the type {escaped(kind, 20)}")
@@ -68,7 +69,7 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, StoredTensor | Unr
         end = last
     if start + end != size:
         raise ValueError(f"its tensors have {end:,} bytes, but {size - start:,} follow the header")
-    return tensors, metadata  # pyright: ignore[reportUnknownVariableType]
+    return tensors, texts
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

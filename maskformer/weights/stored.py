@@ -1,13 +1,17 @@
 """Tensors that are still in a file. They are checked against the file before any memory is taken for them."""
 
+import io
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MAX_TENSORS = 10_000
 """Most tensors in a file of weights."""
@@ -140,7 +144,7 @@ def _read_storage(file: BinaryIO, tensor: StoredTensor) -> Tensor:
     place = tensor.place
     if place.text is None:
         storage = torch.empty(place.size, dtype=torch.uint8)
-        _read_into(file, place.at, memoryview(storage.numpy()))
+        _read_into(file, place.at, _bytes_of(storage))
     else:
         text = bytearray(place.text[1])
         _read_into(file, place.text[0], memoryview(text))
@@ -149,7 +153,7 @@ def _read_storage(file: BinaryIO, tensor: StoredTensor) -> Tensor:
         if not 0 <= place.at <= len(data) or size > len(data) - place.at:
             raise ValueError("its values lie outside the file")
         storage = torch.empty(size, dtype=torch.uint8)
-        memoryview(storage.numpy())[:] = data[place.at : place.at + size]
+        _bytes_of(storage)[:] = data[place.at : place.at + size]
     if tensor.big_endian != (sys.byteorder == "big") and tensor.dtype.itemsize > 1:
         if storage.numel() % tensor.dtype.itemsize:
             raise ValueError(f"its {storage.numel()} bytes are not a multiple of {tensor.dtype.itemsize}")
@@ -157,13 +161,17 @@ def _read_storage(file: BinaryIO, tensor: StoredTensor) -> Tensor:
     return storage
 
 
+def _bytes_of(storage: Tensor) -> memoryview:
+    return memoryview(cast("Buffer", storage.numpy()))
+
+
 def _read_into(file: BinaryIO, at: int, target: memoryview) -> None:
     """Fill `target` from the file; an object store's file may have no `readinto`."""
     file.seek(at)
     done = 0
     while done < len(target):
-        if hasattr(file, "readinto"):
-            count = file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]  # RawIOBase and BufferedIOBase have it
+        if isinstance(file, io.RawIOBase | io.BufferedIOBase):
+            count = file.readinto(target[done:]) or 0
         else:
             part = file.read(len(target) - done)
             count = len(part)

@@ -195,8 +195,9 @@ def _text(value: Any) -> str:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, tuple | list) and len(value) <= 64 and all(type(each) is int for each in value):
-        return tuple(value)
+    numbers = tuple(_sequence(value))
+    if len(numbers) <= 64 and all(type(each) is int for each in numbers):
+        return numbers
     raise Damaged("something else where a shape is needed")
 
 
@@ -346,21 +347,21 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _meta,
     "torch._tensor._rebuild_from_type_v2": _rebuilt,
     "torch.serialization._get_layout": _ignored,
-    "torch.Size": lambda shape: tuple(_sequence(shape)),
+    "torch.Size": _numbers,
     "torch.device": _ignored,
 }
 _WORDS = (
-    "bfloat16 bool complex32 complex64 complex128 float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32"
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("qint8", "qint32", "quint8", "quint4x2", "quint2x4"),
+    *("per_tensor_affine", "per_channel_affine", "per_tensor_symmetric", "per_channel_symmetric", "Tensor"),
 )
-_WORDS += (
-    " uint64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu qint8 qint32 quint8 quint4x2"
-)
-_WORDS += " quint2x4 per_tensor_affine per_channel_affine per_tensor_symmetric per_channel_symmetric Tensor"
 VALUES = {
     "torch.storage.UntypedStorage",
     "torch.storage.TypedStorage",
     "torch._C._disabled_torch_function_impl",
-    *(f"torch.{word}" for word in _WORDS.split()),
+    *(f"torch.{word}" for word in _WORDS),
     *(
         f"torch.{package}{kind}{what}"
         for package in ("", "cuda.")
@@ -644,74 +645,72 @@ def _push(value: Any) -> Callable[[Unpickler], None]:
     return lambda self: self.push(value)
 
 
-_OPCODES: dict[int, Callable[[Unpickler], Any]] = {
-    ord(code): action
-    for code, action in {
-        "\x80": Unpickler.protocol,
-        "\x95": lambda self: self.take(8),  # FRAME
-        "(": Unpickler.mark,
-        "0": Unpickler.drop,
-        "1": Unpickler.marked,
-        "2": Unpickler.duplicate,
-        "N": _push(None),
-        "\x88": _push(True),
-        "\x89": _push(False),
-        "I": Unpickler.decimal,
-        "L": Unpickler.decimal,
-        "J": lambda self: self.push(self.number("i")),
-        "K": lambda self: self.push(self.number("B")),
-        "M": lambda self: self.push(self.number("H")),
-        "\x8a": lambda self: self.integer(self.number("B")),
-        "\x8b": lambda self: self.integer(self.number("i")),
-        "F": lambda self: self.push(float(self.line())),
-        "G": lambda self: self.push(struct.unpack(">d", self.take(8))[0]),
-        "U": lambda self: self.data(self.number("B"), "latin1"),  # strings of Python 2
-        "T": lambda self: self.data(self.number("i"), "latin1"),
-        "C": lambda self: self.data(self.number("B")),
-        "B": lambda self: self.data(self.number("I")),
-        "\x8e": lambda self: self.data(self.number("Q")),
-        "\x96": lambda self: self.data(self.number("Q")),
-        "\x8c": lambda self: self.data(self.number("B"), "utf-8"),
-        "X": lambda self: self.data(self.number("I"), "utf-8"),
-        "\x8d": lambda self: self.data(self.number("Q"), "utf-8"),
-        ")": lambda self: self.push(()),
-        "t": lambda self: self.push(tuple(self.marked())),
-        "\x85": lambda self: self.push(self.last(1)),
-        "\x86": lambda self: self.push(self.last(2)),
-        "\x87": lambda self: self.push(self.last(3)),
-        "]": lambda self: self.push([]),
-        "l": lambda self: self.push(list(self.marked())),
-        "a": lambda self: self.extend([self.pop()], list, ""),
-        "e": lambda self: self.extend(self.marked(), list, ""),
-        "}": lambda self: self.push(Dict([])),
-        "d": lambda self: self.pairs(self.marked()),
-        "s": lambda self: self.extend(list(self.last(2)), Dict, "pairs"),
-        "u": lambda self: self.extend(self.marked(), Dict, "pairs"),
-        "\x8f": lambda self: self.push(Set([])),
-        "\x90": lambda self: self.extend(self.marked(), Set, "items"),
-        "\x91": lambda self: self.push(Set(self.marked())),
-        "c": lambda self: self.find(self.line(), self.line()),
-        "\x93": Unpickler.name_on_stack,
-        "R": Unpickler.call,
-        "\x81": Unpickler.call,
-        "\x92": Unpickler.with_keywords,
-        "o": Unpickler.object,
-        "i": Unpickler.named_object,
-        "b": Unpickler.build,
-        "Q": Unpickler.persistent,
-        "q": lambda self: self.remember(self.number("B")),
-        "r": lambda self: self.remember(self.number("I")),
-        "\x94": lambda self: self.remember(len(self.memo)),
-        "h": lambda self: self.recall(self.number("B")),
-        "j": lambda self: self.recall(self.number("I")),
-        "\x82": _refuse_extension,
-        "\x83": _refuse_extension,
-        "\x84": _refuse_extension,
-        "\x97": _refuse_buffer,
-        "\x98": _refuse_buffer,
-    }.items()
+_ACTIONS: dict[str, Callable[[Unpickler], Any]] = {
+    "\x80": Unpickler.protocol,
+    "\x95": lambda self: self.take(8),  # FRAME
+    "(": Unpickler.mark,
+    "0": Unpickler.drop,
+    "1": Unpickler.marked,
+    "2": Unpickler.duplicate,
+    "N": _push(None),
+    "\x88": _push(True),
+    "\x89": _push(False),
+    "I": Unpickler.decimal,
+    "L": Unpickler.decimal,
+    "J": lambda self: self.push(self.number("i")),
+    "K": lambda self: self.push(self.number("B")),
+    "M": lambda self: self.push(self.number("H")),
+    "\x8a": lambda self: self.integer(self.number("B")),
+    "\x8b": lambda self: self.integer(self.number("i")),
+    "F": lambda self: self.push(float(self.line())),
+    "G": lambda self: self.push(struct.unpack(">d", self.take(8))[0]),
+    "U": lambda self: self.data(self.number("B"), "latin1"),  # strings of Python 2
+    "T": lambda self: self.data(self.number("i"), "latin1"),
+    "C": lambda self: self.data(self.number("B")),
+    "B": lambda self: self.data(self.number("I")),
+    "\x8e": lambda self: self.data(self.number("Q")),
+    "\x96": lambda self: self.data(self.number("Q")),
+    "\x8c": lambda self: self.data(self.number("B"), "utf-8"),
+    "X": lambda self: self.data(self.number("I"), "utf-8"),
+    "\x8d": lambda self: self.data(self.number("Q"), "utf-8"),
+    ")": lambda self: self.push(()),
+    "t": lambda self: self.push(tuple(self.marked())),
+    "\x85": lambda self: self.push(self.last(1)),
+    "\x86": lambda self: self.push(self.last(2)),
+    "\x87": lambda self: self.push(self.last(3)),
+    "]": lambda self: self.push([]),
+    "l": lambda self: self.push(list(self.marked())),
+    "a": lambda self: self.extend([self.pop()], list, ""),
+    "e": lambda self: self.extend(self.marked(), list, ""),
+    "}": lambda self: self.push(Dict([])),
+    "d": lambda self: self.pairs(self.marked()),
+    "s": lambda self: self.extend(list(self.last(2)), Dict, "pairs"),
+    "u": lambda self: self.extend(self.marked(), Dict, "pairs"),
+    "\x8f": lambda self: self.push(Set([])),
+    "\x90": lambda self: self.extend(self.marked(), Set, "items"),
+    "\x91": lambda self: self.push(Set(self.marked())),
+    "c": lambda self: self.find(self.line(), self.line()),
+    "\x93": Unpickler.name_on_stack,
+    "R": Unpickler.call,
+    "\x81": Unpickler.call,
+    "\x92": Unpickler.with_keywords,
+    "o": Unpickler.object,
+    "i": Unpickler.named_object,
+    "b": Unpickler.build,
+    "Q": Unpickler.persistent,
+    "q": lambda self: self.remember(self.number("B")),
+    "r": lambda self: self.remember(self.number("I")),
+    "\x94": lambda self: self.remember(len(self.memo)),
+    "h": lambda self: self.recall(self.number("B")),
+    "j": lambda self: self.recall(self.number("I")),
+    "\x82": _refuse_extension,
+    "\x83": _refuse_extension,
+    "\x84": _refuse_extension,
+    "\x97": _refuse_buffer,
+    "\x98": _refuse_buffer,
 }
 """What each opcode does. Those of the text protocol (0) are unknown, except numbers and names."""
+_OPCODES = {ord(code): action for code, action in _ACTIONS.items()}
 
 
 # ---- files
