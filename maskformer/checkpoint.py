@@ -170,6 +170,8 @@ def _read_newest(run: Path) -> weights.Weights:
 def _read_best(run: Path) -> weights.Weights:
     try:
         step = require_integer("its step", _object(read_json(run / "best.json"))["step"])
+        if not 0 <= step < 10**15:
+            raise ValueError("its step is negative or too large")
     except FileNotFoundError:
         what = "has no best checkpoint: it has no best.json" if run.exists() else "does not exist"
         raise ValueError(f"{run} {what}. Use the folder of a run, without {_BEST} for its newest checkpoint.") from None
@@ -177,7 +179,7 @@ def _read_best(run: Path) -> weights.Weights:
         raise ValueError(
             f"{run / 'best.json'} cannot be read ({escaped(error, 300)}). Use {run} for its newest checkpoint."
         ) from error
-    return _read_step(run / "checkpoints" / f"step_{max(step, 0):08d}")
+    return _read_step(run / "checkpoints" / f"step_{step:08d}")
 
 
 def _read_step(folder: Path) -> weights.Weights:

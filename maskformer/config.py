@@ -5,7 +5,7 @@ The defaults are the published COCO panoptic model (arXiv:2107.06278) as mmdetec
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from maskformer.untrusted import escaped
 
@@ -89,7 +89,7 @@ class ModelConfig:
             )
         for name in ("pixel_mean", "pixel_std"):
             values: Any = getattr(self, name)
-            if type(values) is not tuple or len(values) != 3:
+            if type(cast("object", values)) is not tuple or len(values) != 3:
                 raise ValueError(f"model.{name} must be three numbers, got {_shown(values)}.")
             for value in values:
                 if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value < 1e-6):

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -94,7 +93,7 @@ def load(file: BinaryIO) -> Any:
         elif isinstance(value, Unreadable):
             raise ValueError(value.reason)
         elif isinstance(value, dict | list | tuple):
-            items = cast("Iterable[Any]", value.values() if isinstance(value, dict) else value)
+            items = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("list[Any]", value)
             for each in items:
                 collect(each)
 
@@ -109,7 +108,7 @@ def load(file: BinaryIO) -> Any:
             case tuple():
                 return tuple(map(with_tensors, cast("tuple[Any, ...]", value)))
             case _:
-                return value  # pyright: ignore[reportUnknownVariableType]  # of any type
+                return cast("Any", value)
 
     collect(content)
     tensors = read_tensors(file, size, found)

@@ -94,7 +94,7 @@ def _read_folder(folder: Path) -> Weights:
 def _read_index(path: Path) -> Weights:
     names = _read_json(path).get("weight_map")
     files = set(names.values()) if _is_dict(names) else set[Any]()
-    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+    if not files or not all(map(_is_file_name, files)):
         raise ValueError(
             f"{path} is not the index of a model: its weight_map must name a file of the same folder for each tensor. "
             f"Copy or download it again."
@@ -117,6 +117,10 @@ def _read_index(path: Path) -> Weights:
         tensors.update(found)
     config = path.with_name("config.json")
     return Weights(str(path.parent), tensors, _read_json(config) if config.is_file() else {})
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) < 256 and Path(value).name == value
 
 
 def _read_file(file: BinaryIO, name: str) -> Weights:

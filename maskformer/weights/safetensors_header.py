@@ -46,8 +46,8 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, StoredTensor | Unr
         raise ValueError("its header is not an object")
     header = cast("dict[str, Any]", content)
     metadata: object = header.pop("__metadata__", {})
-    texts = cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {"": None}
-    if not all(isinstance(value, str) for value in texts.values()):
+    texts = cast("dict[str, Any]", metadata)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("its metadata are not texts")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")

@@ -114,9 +114,10 @@ def read_tensors(file: BinaryIO, file_size: int, tensors: Iterable[StoredTensor]
     Raises:
         ValueError: storages overlap, or the tensors have more than twice the bytes of the file, or it is shorter.
     """
-    wanted = list(dict.fromkeys(tensors))
-    if sum(tensor.size for tensor in wanted) > 2 * file_size:
+    named = list(tensors)
+    if sum(tensor.size for tensor in named) > 2 * file_size:
         raise ValueError("its tensors have more than twice as many bytes as the file")
+    wanted = list(dict.fromkeys(named))
     _refuse_overlaps({tensor.place.text or (tensor.place.at, tensor.place.size) for tensor in wanted})
     storages: dict[tuple[Place, bool, int], Tensor] = {}
     read: dict[StoredTensor, Tensor] = {}

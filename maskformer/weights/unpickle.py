@@ -542,9 +542,9 @@ class Unpickler:
         self.stack.append(target)
         if isinstance(target, Array) and isinstance(state, tuple):
             target.state = cast("tuple[Any, ...]", state)
-        elif isinstance(target, NumberType) and isinstance(state, tuple) and len(cast("tuple[Any]", state)) > 1:
+        elif isinstance(target, NumberType) and isinstance(state, tuple) and len(cast("tuple[Any, ...]", state)) > 1:
             # The first item is a version; the rest describes structured types.
-            target.order = _text(cast("tuple[Any]", state)[1])
+            target.order = _text(cast("tuple[Any, ...]", state)[1])
         elif isinstance(target, Name):
             raise Damaged(f"it sets attributes of {target.name}")
         # Nothing else has attributes here: those of state dicts and tensors are metadata.

@@ -312,8 +312,8 @@ def read_best(run: Location) -> BestCheckpoint | None:
     try:
         values = parsed(file.read_bytes())
         step, quick_pq = require_integer("its step", values["step"]), require_number("quick_pq", values["quick_pq"])
-        if step < 0:
-            raise ValueError(f"its step is {step}")
+        if not 0 <= step < 10**15:
+            raise ValueError("its step is negative or too large")
         return BestCheckpoint(step, float(quick_pq))
     except FileNotFoundError:
         return None

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -51,6 +52,24 @@ def open_model(path: str) -> int:
 
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def try_all(function: Callable[[str], Any], paths: list[str], output: str) -> int:
+    """Write, as JSON, how each call ended (`result`, `refused` or `error`), its text and its seconds."""
+    ends = [try_one(function, path) for path in paths]
+    Path(output).write_text(json.dumps(ends))
+    return len(ends)
+
+
+def try_one(function: Callable[[str], Any], path: str) -> tuple[str, str, float]:
+    start = time.monotonic()
+    try:
+        kind, text = "result", repr(function(path))
+    except ValueError as error:
+        kind, text = "refused", str(error)
+    except Exception as error:
+        kind, text = "error", f"{type(error).__name__}: {str(error)[:200]!r}"
+    return kind, text[:3000], time.monotonic() - start
 
 
 # ---- pickles, opcode by opcode
@@ -225,10 +244,14 @@ def pickle_bombs() -> dict[str, Attack]:
     attacks: dict[str, Attack] = {}
     for name, content in bombs.items():
         attacks |= {f"{name}, plain": file(content)}
-    for name in ("tuples nested 1e6 deep", "a tuple doubled 60 times", "3 million steps", "bytearray of a number",
-                 "encoding 1 MB 20,000 times", "a set of a tuple doubled 60 times", "a persistent id of nonsense"):  # fmt: skip
+    chosen = ("tuples nested 1e6 deep", "a tuple doubled 60 times", "3 million steps", "bytearray of a number")
+    chosen += ("encoding 1 MB 20,000 times", "a set of a tuple doubled 60 times", "a persistent id of nonsense")
+    for name in chosen:
         attacks |= _in_every_format(name, bombs[name])
     return attacks
+
+
+TRUE_EX = b"\x88s\x92"  # the keyword is true, and NEWOBJ_EX
 
 
 def code() -> dict[str, Attack]:
@@ -249,8 +272,8 @@ def code() -> dict[str, Attack]:
         "INST": lambda folder: b"(" + touch(folder) + b"ios\nsystem\n",
         "OBJ": lambda folder: b"(" + named("os.system") + touch(folder) + b"o",
         "NEWOBJ": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder), b"K\x00", b"N") + b"\x81",
-        "NEWOBJ_EX": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder)) + b"}" + text("shell") + b"\x88s\x92",
-        "NEWOBJ_EX of an allowed class": lambda folder: named("collections.OrderedDict") + b")}" + text("x") + b"\x88s\x92",
+        "NEWOBJ_EX": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder)) + b"}" + text("shell") + TRUE_EX,
+        "NEWOBJ_EX of an allowed class": lambda folder: named("collections.OrderedDict") + b")}" + text("x") + TRUE_EX,
         "BUILD with a dictionary": lambda folder: named("collections.OrderedDict") + b")R}" + text("__setstate__")
         + named("os.system") + b"sb" + touch(folder) + b"b",
         "BUILD of a function": lambda folder: named("_codecs.encode") + b"}" + text("__code__") + b"Nsb",
@@ -267,7 +290,7 @@ def code() -> dict[str, Attack]:
         "torch.classes": lambda folder: call("torch._classes._Classes.load_library", touch(folder)),
         "torch.jit": lambda folder: call("torch.jit._script.RecursiveScriptModule._construct", touch(folder)),
         "torch's _rebuild_from_type": lambda folder: call(
-            "torch._tensor._rebuild_from_type_v2", named("os.system"), named("torch.Tensor"), tuple_of(touch(folder)), b"N"
+            "torch._tensor._rebuild_from_type_v2", named("os.system"), b"N", tuple_of(touch(folder)), b"N"
         ),
         "torch's _rebuild_from_type of itself": lambda folder: call(
             "torch._tensor._rebuild_from_type_v2", named("torch._tensor._rebuild_from_type_v2"), b"N", b")", b"N"
@@ -306,7 +329,6 @@ def code() -> dict[str, Attack]:
 
 def tensors() -> dict[str, Attack]:
     """Return tensors that do not fit their bytes."""
-    huge = {str(key): b"" for key in range(1)}
 
     def same(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> bytes:
         return zipped(model(tensor(None, offset, shape, strides)))
@@ -343,19 +365,20 @@ def tensors() -> dict[str, Attack]:
         "a storage of another folder": lambda: zipped(model(tensor(storage(key="../version")))),
         "a storage named by a path": lambda: zipped(model(tensor(storage(key="/etc/passwd")))),
         "deflated": lambda: zipped(model(tensor()), compression=zipfile.ZIP_DEFLATED),
-        "deflated storage of 1 GB": _deflated_bomb,
+        "deflated storage of 128 MB": _deflated_bomb,
         "compressed with LZMA": lambda: zipped(model(tensor()), compression=zipfile.ZIP_LZMA),
         "overlapping storages": _overlapping,
         "two entries of one name": _twice,
-        "two pickles": lambda: zipped(model(tensor()), {"0": VALUES}).replace(b"archive/version", b"another/data.pk")
-        .replace(b"another/data.pk", b"archiv2/data.pk"),
-        "200,000 entries": _many_entries,
+        "two pickles": lambda: zipped(model(tensor())).replace(b"archive/version", b"archiv/data.pkl"),
+        "100,000 entries": _many_entries,
         "a directory count that is wrong": lambda: _end(zipped(model(tensor())), 10, struct.pack("<HH", 65535, 65535)),
         "a directory outside the file": lambda: _end(zipped(model(tensor())), 16, struct.pack("<I", 2**31)),
         "a directory that is huge": lambda: _end(zipped(model(tensor())), 12, struct.pack("<I", 2**31)),
         "no directory": lambda: zipped(model(tensor()))[:-22],
         "a zip file without a pickle": lambda: zipped(model(tensor())).replace(b"data.pkl", b"data.pkx"),
-        "encrypted": lambda: zipped(model(tensor())).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"),
+        "encrypted": lambda: zipped(model(tensor())).replace(
+            b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+        ),
         "TorchScript": lambda: _script(),
         "legacy without storages": lambda: legacy(model(tensor()), b"]", b""),
         "legacy with a storage twice": lambda: legacy(
@@ -391,7 +414,6 @@ def tensors() -> dict[str, Attack]:
         "a page": lambda: b"<html>",
         "big endian": lambda: zipped(model(tensor())).replace(b"little", b"bigbig"),
     }  # fmt: skip
-    assert huge
     return {name: file(content) for name, content in found.items()}
 
 
@@ -406,7 +428,7 @@ def _deflated_bomb() -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", model(tensor(storage(elements=2**28))), zipfile.ZIP_STORED)
         with archive.open("archive/data/0", "w", force_zip64=True) as entry:
-            for _ in range(2**10):
+            for _ in range(2**7):
                 entry.write(bytes(2**20))
     return buffer.getvalue()
 
@@ -432,7 +454,7 @@ def _many_entries() -> bytes:
     name = b"archive/data/%06d"
     local = b"PK\x03\x04" + bytes(26)
     entry = b"PK\x01\x02" + struct.pack("<6H3L5H2L", 20, 20, 0, 0, 0, 33, 0, 0, 0, 19, 0, 0, 0, 0, 0, 0)
-    directory = b"".join(entry + name % number for number in range(200_000))
+    directory = b"".join(entry + name % number for number in range(100_000))
     count = struct.pack("<HHHHLLH", 0, 0, 65535, 65535, len(directory), len(local), 0)
     return local + directory + b"PK\x05\x06" + count
 
