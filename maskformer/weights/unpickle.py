@@ -28,7 +28,6 @@ import os
 import resource
 import struct
 import sys
-import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -780,8 +779,10 @@ def _bytes_of(kind: str) -> int:
 
 def load_zip(file: BinaryIO, start: int, end: int, budget: Budget) -> Any:
     """Return the content of a file as torch.save writes it: a zip file with a pickle and the values of each storage."""
+    import zipfile  # takes as long to import as all else here
+
     with zipfile.ZipFile(file) as archive:
-        entries: dict[str, zipfile.ZipInfo] = {}
+        entries: dict[str, Any] = {}
         for entry in archive.infolist():
             if entry.filename in entries:
                 raise Damaged("its zip file has two entries of the same name")

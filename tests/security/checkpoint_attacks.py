@@ -272,7 +272,7 @@ def code() -> dict[str, Attack]:
         "INST": lambda folder: b"(" + touch(folder) + b"ios\nsystem\n",
         "OBJ": lambda folder: b"(" + named("os.system") + touch(folder) + b"o",
         "NEWOBJ": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder), b"K\x00", b"N") + b"\x81",
-        "NEWOBJ_EX": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder)) + b"}" + text("shell") + TRUE_EX,
+        "NEWOBJ_EX": lambda folder: named("subprocess.Popen") + tuple_of(touch(folder)) + b"}" + text("a") + TRUE_EX,
         "NEWOBJ_EX of an allowed class": lambda folder: named("collections.OrderedDict") + b")}" + text("x") + TRUE_EX,
         "BUILD with a dictionary": lambda folder: named("collections.OrderedDict") + b")R}" + text("__setstate__")
         + named("os.system") + b"sb" + touch(folder) + b"b",
