@@ -33,16 +33,13 @@ ODD: list[Any] = [
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ModelConfig)])
 def test_every_field_refuses_what_it_cannot_be(name: str) -> None:
-    refused = 0
     for value in ODD:
-        try:
+        if name == "checkpoint_activations" and value is True:
+            continue
+        with pytest.raises(ValueError, match=rf"model\.{name} ") as error:
             ModelConfig(**{name: value})
-        except ValueError as error:
-            refused += 1
-            assert f"model.{name}" in str(error) or "parameters" in str(error)
-            assert str(error).isprintable()
-            assert len(str(error)) < 400
-    assert refused >= len(ODD) - 2  # 6 may be allowed, or true
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("mean", [(1.0, 2.0), (1.0, 2.0, math.nan), (1.0, 2.0, True), [1.0, 2.0, 3.0], 1.0])
@@ -66,7 +63,7 @@ def test_the_arithmetic_is_that_of_the_model(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = build_model(config)
     real = sum(each.numel() for name, each in model.named_parameters() if not name.startswith("backbone."))
-    assert 0.9 * real < config._parameters() < 2.5 * real
+    assert 0.9 * real < config._parameters() < real + 25_000 * config.hidden_dim
 
 
 def test_limits_are_fast() -> None:
