@@ -98,17 +98,14 @@ def load(file: BinaryIO) -> Any:
                 collect(each)
 
     def with_tensors(value: Any) -> Any:
-        match value:
-            case StoredTensor():
-                return tensors[value]
-            case dict():
-                return {key: with_tensors(each) for key, each in cast("dict[Any, Any]", value).items()}
-            case list():
-                return list(map(with_tensors, cast("list[Any]", value)))
-            case tuple():
-                return tuple(map(with_tensors, cast("tuple[Any, ...]", value)))
-            case _:
-                return cast("Any", value)
+        if isinstance(value, StoredTensor):
+            return tensors[value]
+        if isinstance(value, dict):
+            return {key: with_tensors(each) for key, each in cast("dict[Any, Any]", value).items()}
+        if isinstance(value, list | tuple):
+            items = list(map(with_tensors, cast("list[Any]", value)))
+            return tuple(items) if isinstance(value, tuple) else items
+        return value
 
     collect(content)
     tensors = read_tensors(file, size, found)
@@ -146,7 +143,7 @@ def _run(file: BinaryIO, size: int, kind: Kind) -> dict[str, Any]:
         try:
             answer = _converse(process, file, size)
         except (EOFError, BrokenPipeError):
-            code = process.wait()
+            code = _ended(process)
             raise ValueError(
                 f"the process that reads its pickle ended {f'by signal {-code}' if code < 0 else f'with status {code}'}"
                 f", at a limit on time or memory or because of a fault"
@@ -157,6 +154,15 @@ def _run(file: BinaryIO, size: int, kind: Kind) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("its description is not valid")
     return found  # pyright: ignore[reportUnknownVariableType]  # JSON
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> int:
+    """Return the exit status of a process that has nothing more to say."""
+    try:
+        return process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _converse(process: "subprocess.Popen[bytes]", file: BinaryIO, size: int) -> bytes:
@@ -207,10 +213,9 @@ class _Decoder:
         """Return the value of a description."""
         if not isinstance(node, list):
             if isinstance(node, dict):
-                raise TypeError(node)
-            return node  # pyright: ignore[reportUnknownVariableType]  # JSON
-        letter, *items = node  # pyright: ignore[reportUnknownVariableType]  # JSON
-        items: list[Any]
+                raise TypeError("an object in the description")
+            return node
+        letter, *items = cast("list[Any]", node)
         match letter:
             case "d":
                 keys, values = map(self.decode, items[::2]), map(self.decode, items[1::2])
@@ -230,8 +235,10 @@ class _Decoder:
                 return complex(*items)
             case "!":
                 return Unreadable(escaped(items[0], 200))
-            case _:
+            case "x":
                 return None
+            case other:
+                raise TypeError(other)
 
     def _tensor(self, storage: int, kind: str, offset: int, shape: list[int], strides: list[int]) -> Any:
         if kind not in _TYPES:

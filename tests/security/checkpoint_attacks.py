@@ -369,7 +369,7 @@ def tensors() -> dict[str, Attack]:
         "compressed with LZMA": lambda: zipped(model(tensor()), compression=zipfile.ZIP_LZMA),
         "overlapping storages": _overlapping,
         "two entries of one name": _twice,
-        "two pickles": lambda: zipped(model(tensor())).replace(b"archive/version", b"archiv/data.pkl"),
+        "two pickles": lambda: zipped(model(tensor())).replace(b"archive/version", b"second/data.pkl"),
         "100,000 entries": _many_entries,
         "a directory count that is wrong": lambda: _end(zipped(model(tensor())), 10, struct.pack("<HH", 65535, 65535)),
         "a directory outside the file": lambda: _end(zipped(model(tensor())), 16, struct.pack("<I", 2**31)),
