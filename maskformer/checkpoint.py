@@ -11,22 +11,22 @@ The files of a registered model (`pipelines.tracking.registry`) are about.json a
 """
 
 import hashlib
-import io
-import json
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
 from maskformer import weights
-from maskformer.config import ModelConfig, PanopticConfig
+from maskformer.config import MAX_SIDE, ModelConfig, PanopticConfig, require_integer
 from maskformer.inference import Segmenter
 from maskformer.model import build_model
 from maskformer.taxonomy import COCO, Taxonomy
+from maskformer.untrusted import escaped, open_regular, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +105,21 @@ def segmenter(
             f"{source.source} does not know {len(report.classes_new)} of the {known.num_classes} classes of the "
             f"taxonomy, first {report.classes_new[0]!r}. Give the classes that it was trained on."
         )
-    model = build_model(config)
-    model.load_state_dict(state)
     trained = _mapping(source.about.get("config"))
     try:
         panoptic = PanopticConfig(**_mapping(trained.get("panoptic")))
         size = {
-            name: int(value)
+            name: _side(name, value)
             for name, value in _mapping(trained.get("evaluation")).items()
             if name in ("short_side", "long_side")
         }
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{source.source} has thresholds or an image size that this version does not know ({error}). Use "
-            f"the version that wrote it."
+            f"{source.source} has thresholds or an image size that this version does not know "
+            f"({escaped(error, 300)}). Use the version that wrote it."
         ) from error
+    model = build_model(config)
+    model.load_state_dict(state)
     return Segmenter(model.to(pick_device(device)), known, panoptic, **size)
 
 
@@ -128,6 +128,13 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _side(name: str, value: object) -> int:
+    side = require_integer(name, value)
+    if not 0 < side <= MAX_SIDE:
+        raise ValueError(f"{name} must lie in 1..{MAX_SIDE} pixels, got {escaped(side, 100)}")
+    return side
 
 
 def _taxonomy(source: weights.Weights, config: ModelConfig) -> Taxonomy:
@@ -162,58 +169,68 @@ def _read_newest(run: Path) -> weights.Weights:
 
 def _read_best(run: Path) -> weights.Weights:
     try:
-        step = int(json.loads((run / "best.json").read_text("utf-8"))["step"])
+        step = require_integer("its step", _object(read_json(run / "best.json"))["step"])
+        if not 0 <= step < 10**15:
+            raise ValueError("its step is negative or too large")
     except FileNotFoundError:
         what = "has no best checkpoint: it has no best.json" if run.exists() else "does not exist"
         raise ValueError(f"{run} {what}. Use the folder of a run, without {_BEST} for its newest checkpoint.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{run / 'best.json'} cannot be read ({error}). Use {run} for its newest checkpoint."
+            f"{run / 'best.json'} cannot be read ({escaped(error, 300)}). Use {run} for its newest checkpoint."
         ) from error
     return _read_step(run / "checkpoints" / f"step_{step:08d}")
 
 
 def _read_step(folder: Path) -> weights.Weights:
+    wrong: list[str] = []
+    about: Mapping[str, Any] = {}
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = _object(read_json(folder / "manifest.json"))
         version = manifest["version"]
-        expected = {name: manifest["files"][name]["sha256"] for name in _FILES} if version == _VERSION else {}
-        content = {name: (folder / name).read_bytes() for name in expected}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(
-            f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}). Use another one of its run."
-        ) from error
+        if version == _VERSION:
+            files = _object(manifest["files"])
+            wrong = [name for name in _FILES if _sha256(folder / name) != _object(files[name])["sha256"]]
+            about = _object(read_json(folder / "config.json"))
+    except (OSError, ValueError, KeyError) as error:
+        what = f"{type(error).__name__}: {escaped(error, 300)}"
+        raise _DamagedError(f"{folder} is not a complete checkpoint ({what}). Use another one of its run.") from error
     if version != _VERSION:
         raise ValueError(
-            f"The checkpoint {folder} has version {version}, and this program reads {_VERSION}. Use the version of "
-            f"maskformer-ray that wrote it, or give its model.safetensors."
+            f"The checkpoint {folder} has version {escaped(repr(version), 50)}, and this program reads {_VERSION}. Use "
+            f"the version of maskformer-ray that wrote it, or give its model.safetensors."
         )
-    wrong = [name for name in _FILES if hashlib.sha256(content[name]).hexdigest() != expected[name]]
     if wrong:
         raise _DamagedError(
             f"{folder} is damaged: {', '.join(wrong)} does not have the hash in manifest.json. Use another "
             f"one of its run."
         )
-    return _with_about(folder, content["model.safetensors"], json.loads(content["config.json"]))
+    return weights.Weights(str(folder), weights.read(folder / "model.safetensors").tensors, about)
 
 
 def _read_registered(folder: Path) -> weights.Weights:
     try:
-        about = json.loads((folder / "about.json").read_text("utf-8"))
+        about = _object(read_json(folder / "about.json"))
         size = {"short_side": about["short_side"], "long_side": about["long_side"]}
         config = {"model": about["model"], "panoptic": about["panoptic"], "evaluation": size}
-        content = (folder / "model.safetensors").read_bytes()
-        return _with_about(folder, content, {"config": config, "categories": about["categories"]})
-    except (OSError, KeyError, TypeError) as error:
+        content = {"config": config, "categories": about["categories"]}
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{folder} does not hold a registered model ({type(error).__name__}: {error}). Download it again."
+            f"{folder} does not hold a registered model ({type(error).__name__}: {escaped(error, 300)}). Download it "
+            f"again."
         ) from error
+    return weights.Weights(str(folder), weights.read(folder / "model.safetensors").tensors, content)
 
 
-def _with_about(folder: Path, content: bytes, about: dict[str, Any]) -> weights.Weights:
-    file = io.BytesIO(content)
-    file.name = str(folder / "model.safetensors")
-    return weights.Weights(str(folder), weights.read(file).tensors, about)
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    if not _is_mapping(value):
+        raise ValueError(f"an object is needed, got {type(value).__name__}")
+    return value
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -5,7 +5,9 @@ The defaults are the published COCO panoptic model (arXiv:2107.06278) as mmdetec
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast, get_args, get_type_hints
+
+from maskformer.untrusted import escaped
 
 WeightFormat = Literal["native", "mmdet", "mmdet2", "huggingface"]
 """File format of saved weights: safetensors with the native names, mmdetection 3.x or 2.x (.pth), or a folder for
@@ -19,19 +21,21 @@ class ModelConfig:
     backbone: Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"] = "resnet50"
     """Backbone network. `small` is a GroupNorm network of a few hundred thousand parameters, for demos on a CPU."""
     num_classes: int = 133
-    """Number of classes, things and stuff together. Index `num_classes` of the class logits is "no object"."""
+    """Number of classes, things and stuff together. At most 50,000. Index `num_classes` of the class logits is "no
+    object"."""
     num_queries: int = 100
-    """Number of object queries, the most segments an image can have."""
+    """Number of object queries, the most segments an image can have. At most 2,000."""
     hidden_dim: int = 256
-    """Channels of the pixel decoder, the transformer and the query embeddings."""
+    """Channels of the pixel decoder, the transformer and the query embeddings. At most 8,192."""
     num_heads: int = 8
     """Attention heads per transformer layer."""
     feedforward_dim: int = 2048
-    """Hidden units of the transformer's feed-forward networks."""
+    """Hidden units of the transformer's feed-forward networks. At most 65,536."""
     encoder_layers: int = 6
-    """Transformer encoder layers in the pixel decoder; 0 is the plain FPN. They process the coarsest feature map."""
+    """Transformer encoder layers in the pixel decoder; 0 is the plain FPN. They process the coarsest feature map. At
+    most 100."""
     decoder_layers: int = 6
-    """Layers of the transformer decoder. Each has losses of its own."""
+    """Layers of the transformer decoder. Each has losses of its own. At most 100."""
     dropout: float = 0.1
     """Dropout rate of the transformer. It applies to attention weights, attention outputs and the encoder's
     feed-forward networks."""
@@ -51,24 +55,99 @@ class ModelConfig:
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of each RGB channel, on the scale 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Standard deviation of each RGB channel, on the scale 0..255."""
+    """Standard deviation of each RGB channel, on the scale 0..255, positive."""
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "feedforward_dim", "decoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.encoder_layers < 0:
-            raise ValueError(
-                f"model.encoder_layers must not be negative, got {self.encoder_layers}; 0 is the plain FPN."
-            )
+        # It may come from a file, so that nothing is known of the values, not even their types.
+        for name in ("backbone", "initialization"):
+            allowed = get_args(get_type_hints(ModelConfig)[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(allowed)}, got {_shown(getattr(self, name))}."
+                )
+        for name, most in _MOST.items():
+            least = 0 if name == "encoder_layers" else 1
+            value = require_integer(f"model.{name}", getattr(self, name))
+            if value < least:
+                what = "must not be negative" if least == 0 else "must be at least 1"
+                raise ValueError(
+                    f"model.{name} {what}, got {_shown(value)}{'; 0 is the plain FPN' if not least else ''}."
+                )
+            if value > most:
+                raise ValueError(f"model.{name} must be at most {most:,}, got {_shown(value)}.")
         if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
             raise ValueError(
                 f"model.hidden_dim must be a multiple of model.num_heads and of 4 (two sine/cosine axes), "
                 f"got {self.hidden_dim} with {self.num_heads} heads; use {4 * self.num_heads} or a multiple of it."
             )
         for name in ("dropout", "decoder_feedforward_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
+            if not 0 <= require_number(f"model.{name}", getattr(self, name)) < 1:
+                raise ValueError(f"model.{name} must lie in [0, 1), got {_shown(getattr(self, name))}.")
+        if type(self.checkpoint_activations) is not bool:
+            raise ValueError(
+                f"model.checkpoint_activations must be true or false, got {_shown(self.checkpoint_activations)}."
+            )
+        for name in ("pixel_mean", "pixel_std"):
+            values: Any = getattr(self, name)
+            if type(cast("object", values)) is not tuple or len(values) != 3:
+                raise ValueError(f"model.{name} must be three numbers, got {_shown(values)}.")
+            for value in values:
+                if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value < 1e-6):
+                    raise ValueError(f"model.{name} is out of range, got {_shown(values)}.")
+        if self._parameters() > _MOST_PARAMETERS:
+            raise ValueError(
+                f"The model would have about {self._parameters():,} parameters besides its backbone, more than "
+                f"{_MOST_PARAMETERS:,}. Set a smaller model.hidden_dim, model.feedforward_dim, or number of layers."
+            )
+
+    def _parameters(self) -> int:
+        """Return the number of parameters besides the backbone's, without biases and norms."""
+        hidden, feedforward = self.hidden_dim, self.feedforward_dim
+        encoder = self.encoder_layers * (4 * hidden * hidden + 2 * hidden * feedforward)
+        decoder = self.decoder_layers * (8 * hidden * hidden + 2 * hidden * feedforward)
+        # At most: three lateral and four 3x3 convolutions, one of them of 2048 channels; the projection; the mask head.
+        pixels = hidden * (1792 + 2048) + 9 * hidden * (4 * hidden + 2048) + 3 * hidden * hidden
+        return encoder + decoder + pixels + hidden * (self.num_queries + self.num_classes + 1)
+
+
+_MOST = {
+    "num_classes": 50_000,
+    "num_queries": 2_000,
+    "hidden_dim": 8_192,
+    "num_heads": 1_024,
+    "feedforward_dim": 65_536,
+    "encoder_layers": 100,
+    "decoder_layers": 100,
+}
+"""Largest sizes of a model. A file of a few bytes may state any."""
+_MOST_PARAMETERS = 1_000_000_000
+"""Besides the backbone's; the published Swin-L has 211,571,258 together."""
+
+
+def require_integer(name: str, value: Any) -> int:
+    """Return an integer.
+
+    Raises:
+        ValueError: it is none; a boolean is none either.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {_shown(value)}.")
+    return value
+
+
+def require_number(name: str, value: Any) -> float:
+    """Return a finite number.
+
+    Raises:
+        ValueError: it is none; a boolean is none either.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e300:
+        raise ValueError(f"{name} must be a finite number, got {_shown(value)}.")
+    return value
+
+
+def _shown(value: object) -> str:
+    return escaped(repr(value), 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +185,12 @@ class PanopticConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"panoptic.{name} must lie in [0, 1], got {value}.")
+            if not 0 <= require_number(f"panoptic.{name}", value) <= 1:
+                raise ValueError(f"panoptic.{name} must lie in [0, 1], got {_shown(value)}.")
+
+
+MAX_SIDE = 10_000
+"""Longest side, in pixels, to which images are resized for the network."""
 
 
 @dataclass(frozen=True, kw_only=True)

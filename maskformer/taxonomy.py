@@ -10,13 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from maskformer.untrusted import escaped
+
+MAX_CATEGORIES = 50_000
+MAX_ID = 2**31 - 1
+MAX_NAME = 200
+"""Most characters in the name of a category."""
+
 
 @dataclass(frozen=True)
 class Category:
     """One class of a data set."""
 
     id: int
+    """In 0..2**31-1."""
     name: str
+    """One line of 1 to 200 printable characters."""
     isthing: bool
     color: tuple[int, int, int] | None = None
     """RGB in 0..255, used for visualization only."""
@@ -27,8 +36,9 @@ class Taxonomy:
     """The classes of a data set in class-index order; equal and hashed by value.
 
     Raises:
-        ValueError: there are no categories, an id or a name occurs twice, or the order is not things by ascending id,
-            then stuff by ascending id (`from_coco` sorts).
+        ValueError: there are no categories or more than 50,000, one has an id or a name that is not as in `Category`,
+            an id or a name occurs twice, or the order is not things by ascending id, then stuff by ascending id
+            (`from_coco` sorts).
     """
 
     categories: tuple[Category, ...]
@@ -38,13 +48,20 @@ class Taxonomy:
             raise ValueError(
                 "A taxonomy needs at least one category, got none; check the file the categories come from."
             )
+        if len(self.categories) > MAX_CATEGORIES:
+            raise ValueError(
+                f"A taxonomy has at most {MAX_CATEGORIES:,} categories, got {len(self.categories):,}; check the file "
+                f"the categories come from."
+            )
+        for category in self.categories:
+            _check_category(category)
         _refuse_repeated("id", [category.id for category in self.categories])
         # Results per class are reported by name.
         _refuse_repeated("name", [category.name for category in self.categories])
         if list(self.categories) != sorted(self.categories, key=_class_order):
             raise ValueError(
                 f"The categories must be in class-index order, things by ascending id, then stuff by ascending id, "
-                f"got the ids {[category.id for category in self.categories]}; Taxonomy.from_coco sorts them."
+                f"got the ids {_listed([category.id for category in self.categories])}; Taxonomy.from_coco sorts them."
             )
 
     @classmethod
@@ -56,6 +73,14 @@ class Taxonomy:
         Raises:
             ValueError: an entry lacks `id`, `name` or `isthing`, or one of them has the wrong type.
         """
+        if not _is_list(categories):
+            raise ValueError(
+                f"The categories of a panoptic file are a list, got {type(categories).__name__}; check it."
+            )
+        if len(categories) > MAX_CATEGORIES:
+            raise ValueError(
+                f"A taxonomy has at most {MAX_CATEGORIES:,} categories, got {len(categories):,}; check them."
+            )
         return cls(tuple(sorted(map(_read_category, categories), key=_class_order)))
 
     def to_coco(self) -> list[dict[str, object]]:
@@ -134,34 +159,66 @@ def _refuse_repeated(what: str, values: Iterable[int | str]) -> None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"Each category needs its own {what}, got these more than once: {repeated}; rename or remove one."
+            f"Each category needs its own {what}, got these more than once: {_listed(repeated)}; rename or remove one."
+        )
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return f"{escaped(list(values[:50]), 1000)}{' and more' if len(values) > 50 else ''}"
+
+
+def _check_category(category: Category) -> None:
+    identifier, name = category.id, category.name
+    if type(identifier) is not int or not 0 <= identifier <= MAX_ID:
+        raise ValueError(
+            f"A category has an integer id in 0..{MAX_ID}, got {escaped(repr(identifier), 100)}; correct this id."
+        )
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:  # pyright: ignore[reportUnnecessaryIsInstance]  # from a file
+        raise ValueError(
+            f"A category has a name of 1 to {MAX_NAME} printable characters, got {escaped(repr(name), 100)} for the id "
+            f"{identifier}; rename it."
         )
 
 
 def _read_category(entry: Mapping[str, object]) -> Category:
+    if not isinstance(entry, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # from a file
+        raise ValueError(
+            f"A panoptic category is an object with id, name and isthing, got {escaped(repr(entry), 200)}; correct it."
+        )
     missing = [key for key in ("id", "name", "isthing") if key not in entry]
     if missing:
         raise ValueError(
-            f"A panoptic category needs id, name and isthing, got {dict(entry)} without {' and '.join(missing)}; "
+            f"A panoptic category needs id, name and isthing, got {_shown(entry)} without {' and '.join(missing)}; "
             f"use the categories of a COCO panoptic file (those of a detection file have no isthing)."
         )
     identifier, name, isthing, color = entry["id"], entry["name"], entry["isthing"], entry.get("color")
-    if not isinstance(identifier, int) or not isinstance(name, str) or isthing not in (0, 1):
+    if type(identifier) is not int or not isinstance(name, str) or isthing not in (0, 1):
         raise ValueError(
-            f"A panoptic category has an integer id, a string name and isthing 0 or 1, got {dict(entry)}; "
+            f"A panoptic category has an integer id, a string name and isthing 0 or 1, got {_shown(entry)}; "
             f"correct this entry."
         )
     return Category(identifier, name, bool(isthing), _read_color(color))
+
+
+def _shown(entry: Mapping[str, object]) -> str:
+    return escaped(dict(entry), 300)
 
 
 def _read_color(color: object) -> tuple[int, int, int] | None:
     match color:
         case None:
             return None
-        case [int(red), int(green), int(blue)] if all(0 <= part <= 255 for part in (red, green, blue)):
+        case [int(red), int(green), int(blue)] if all(
+            type(part) is int and 0 <= part <= 255 for part in (red, green, blue)
+        ):
             return red, green, blue
         case _:
-            raise ValueError(f"A category's color is three integers in 0..255, got {color}; correct or remove it.")
+            shown = escaped(color, 100)
+            raise ValueError(f"A category's color is three integers in 0..255, got {shown}; correct or remove it.")
 
 
 def _read_table(table: str, isthing: bool) -> Iterable[Category]:

@@ -31,6 +31,7 @@ from urllib.error import HTTPError
 import pyarrow as pa
 from pyarrow import fs
 
+from maskformer.untrusted import NotRegularError, open_regular
 from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
@@ -152,6 +153,9 @@ class Location:
 
     def read_bytes(self) -> bytes:
         def read() -> bytes:
+            if self.is_local:
+                with open_regular(self.path) as file:
+                    return file.read()
             with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
                 return file.read()
 
@@ -171,7 +175,7 @@ class Location:
 
         def read() -> bytes:
             if self.is_local:
-                with open(self.path, "rb") as file:
+                with open_regular(self.path) as file:
                     return os.pread(file.fileno(), length, offset)
             try:
                 return _opened(self.uri, _settings()).read_at(length, offset)
@@ -361,6 +365,8 @@ def _explained(error: OSError, action: str, uri: str) -> StorageRefusedError | N
     if is_remote(uri):
         if _FROM_S3.search(str(error)):
             return StorageRefusedError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
+    elif isinstance(error, NotRegularError):
+        return StorageRefusedError(f"Cannot {action} {uri}: {error.strerror}. Give the path of a file.")
     elif error.errno in _FULL:
         return StorageRefusedError(
             f"Cannot {action} {uri}: no space is left ({error.strerror}). Files written earlier stay valid. "

@@ -3,7 +3,7 @@
 from maskformer.weights.architecture import detect_config
 from maskformer.weights.description import class_names, stated_taxonomy
 from maskformer.weights.initial import initial_weights
-from maskformer.weights.loading import LoadReport, load
+from maskformer.weights.loading import LoadReport, check_fit, load
 from maskformer.weights.model_card import Evaluation, ModelDetails
 from maskformer.weights.reading import Source, Weights, read
 from maskformer.weights.saving import save
@@ -14,6 +14,7 @@ __all__ = [
     "ModelDetails",
     "Source",
     "Weights",
+    "check_fit",
     "class_names",
     "detect_config",
     "initial_weights",

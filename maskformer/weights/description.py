@@ -7,6 +7,7 @@ from typing import Any, TypeGuard, get_args, get_type_hints
 
 from maskformer.config import ModelConfig
 from maskformer.taxonomy import COCO, Taxonomy
+from maskformer.untrusted import escaped
 from maskformer.weights.reading import Weights
 
 
@@ -65,25 +66,25 @@ def model_fields(weights: Weights) -> dict[str, Any]:
         unknown = native.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown:
             raise ValueError(
-                f"{weights.source} has a configuration with {', '.join(sorted(unknown))}, which this version does "
-                f"not know. Use the version that wrote it."
+                f"{weights.source} has a configuration with {escaped(', '.join(sorted(unknown)), 200)}, which this "
+                f"version does not know. Use the version that wrote it."
             )
         fields = {name: tuple(value) if _is_list(value) else value for name, value in native.items()}
         if fields.get("backbone") not in get_args(get_type_hints(ModelConfig)["backbone"]):
             raise ValueError(
-                f"{weights.source} has a configuration with the backbone {fields.get('backbone')!r}, which this "
+                f"{weights.source} has a configuration with the backbone {_shown(fields.get('backbone'))}, which this "
                 f"version does not know. Use the version that wrote it."
             )
         defaults = ModelConfig()
         odd = [name for name, value in fields.items() if not _is_like(value, getattr(defaults, name))]
         if odd:
             raise ValueError(
-                f"{weights.source} has a configuration whose {odd[0]} is {fields[odd[0]]!r}, where a value like "
+                f"{weights.source} has a configuration whose {odd[0]} is {_shown(fields[odd[0]])}, where a value like "
                 f"{getattr(defaults, odd[0])!r} is expected. Give an undamaged copy of the file."
             )
         return fields
     heads = _mapping(weights.about.get("decoder_config")).get("decoder_attention_heads")
-    return {"num_heads": heads} if isinstance(heads, int) else {}
+    return {"num_heads": heads} if type(heads) is int else {}
 
 
 def _native_taxonomy(weights: Weights) -> Taxonomy | None:
@@ -94,8 +95,8 @@ def _native_taxonomy(weights: Weights) -> Taxonomy | None:
         taxonomy = Taxonomy.from_coco(categories)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{weights.source} has categories that are not a list of classes ({error}). Give an undamaged copy of the "
-            f"file."
+            f"{weights.source} has categories that are not a list of classes ({escaped(error, 500)}). Give an "
+            f"undamaged copy of the file."
         ) from error
     # A folder of transformers may have been trained on other classes since: it keeps unknown fields of config.json.
     labels = weights.about.get("id2label")
@@ -107,6 +108,10 @@ def _is_like(value: object, default: object) -> bool:
     if _is_tuple(value) and _is_tuple(default):
         return len(value) == len(default) and all(map(_is_like, value, default))
     return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
+def _shown(value: object) -> str:
+    return escaped(repr(value), 100)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

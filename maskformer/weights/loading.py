@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from maskformer.config import ModelConfig
 from maskformer.model import build_model
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from maskformer.weights.architecture import recognize
 from maskformer.weights.classes import HEAD, move_classes
 from maskformer.weights.description import model_fields
@@ -94,8 +95,7 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
     weights = read(source)
     layout = recognize(weights)
     renamed = layout.to_native(weights.tensors, weights.source)
-    with torch.device("meta"), _Uninitialized():
-        expected = build_model(config).state_dict()
+    expected = _expected(config)
     heads = model_fields(weights).get("num_heads", config.num_heads)
     if heads != config.num_heads:
         raise ValueError(
@@ -126,6 +126,32 @@ def load(source: Source, config: ModelConfig, taxonomy: Taxonomy | None = None) 
         classes_new=moved.new if moved else (),
     )
     return {name: state[name] for name in expected if name in state}, report
+
+
+def check_fit(source: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Check that native tensors are those of a model of `config`, before it is built.
+
+    Args:
+        source: the file, for the message.
+
+    Raises:
+        ValueError: a tensor is missing, or not of the model, or has another shape.
+    """
+    expected = _expected(config)
+    for name in (*expected, *tensors):
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        wanted = tuple(expected[name].shape) if name in expected else "not in the model"
+        if found != wanted:
+            raise ValueError(
+                f"{source} does not fit its own configuration: the tensor {escaped(name, 300)} is {found}, where the "
+                f"configuration gives {wanted}. Give an undamaged copy of it."
+            )
+
+
+def _expected(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of a model without values."""
+    with torch.device("meta"), _Uninitialized():
+        return build_model(config).state_dict()
 
 
 class _Uninitialized(TorchFunctionMode):

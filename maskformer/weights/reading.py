@@ -1,7 +1,6 @@
 """Read a checkpoint of any format, detected from its content, without running code from it."""
 
-import json
-import pickle
+import os
 import reprlib
 import textwrap
 from collections.abc import Mapping
@@ -11,16 +10,15 @@ from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from maskformer.untrusted import escaped
-from maskformer.weights.pickles import PickledArray, PickledTensor, RefusedError, load_pickle, load_torch
+from maskformer.untrusted import escaped, open_regular, parse_json, read_json
+from maskformer.weights.pickles import RefusedError, describe, kind_of
+from maskformer.weights.safetensors_header import is_safetensors, read_header
+from maskformer.weights.stored import MAX_NAME, MAX_TENSORS, StoredTensor, Unreadable, read_tensors
 
-_ZIP = b"PK\x03\x04"
-_OLD_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, pickled
-_LARGEST_HEADER = 100_000_000  # of a safetensors file, by its specification
+_MAX_SHARDS = 1000
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -72,7 +70,7 @@ def read(source: Source) -> Weights:
             return _read_folder(path)
         if path.name in _FOLDER_FILES and path.suffix == ".json":
             return _read_index(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             weights = _read_file(file, str(path))
         if path.name in _FOLDER_FILES and (path.parent / "config.json").is_file():
             return Weights(weights.source, weights.tensors, _read_json(path.parent / "config.json"))
@@ -96,49 +94,62 @@ def _read_folder(folder: Path) -> Weights:
 def _read_index(path: Path) -> Weights:
     names = _read_json(path).get("weight_map")
     files = set(names.values()) if _is_dict(names) else set[Any]()
-    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+    if not files or not all(map(_is_file_name, files)):
         raise ValueError(
             f"{path} is not the index of a model: its weight_map must name a file of the same folder for each tensor. "
             f"Copy or download it again."
+        )
+    if len(files) > _MAX_SHARDS:
+        raise ValueError(
+            f"{path} lists {len(files)} files, more than {_MAX_SHARDS}, so it is not the index of a MaskFormer. Give "
+            f"another checkpoint."
         )
     tensors: dict[str, Tensor] = {}
     for part in (path.with_name(file) for file in sorted(files)):
         if not part.is_file():
             raise ValueError(f"There is no file {part}, which the index {path} lists. Copy or download it too.")
-        with part.open("rb") as file:
-            tensors.update(_read_file(file, str(part)).tensors)
+        with open_regular(part) as file:
+            found = _read_file(file, str(part)).tensors
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None or len(tensors) + len(found) > MAX_TENSORS:
+            what = f"the tensor {escaped(twice, 100)} twice" if twice else f"more than {MAX_TENSORS:,} tensors"
+            raise ValueError(f"The files that {path} lists hold {what}. Copy or download them again.")
+        tensors.update(found)
     config = path.with_name("config.json")
     return Weights(str(path.parent), tensors, _read_json(config) if config.is_file() else {})
 
 
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) < 256 and Path(value).name == value
+
+
 def _read_file(file: BinaryIO, name: str) -> Weights:
     head = file.read(512)
-    file.seek(0)
+    size = file.seek(0, os.SEEK_END)
+    kind = kind_of(head)
     try:
-        if head.startswith(_ZIP) or head[2 : 2 + len(_OLD_TORCH)] == _OLD_TORCH:
-            content = load_torch(file)
-        elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
-            content = _load_safetensors(file.read())
-        elif head.startswith(b"\x80"):
-            content = load_pickle(file)
-        else:
-            content = None
+        if kind is not None:
+            return _unwrap(describe(file, size, kind), name, (file, size))
+        if is_safetensors(head):
+            return _unwrap(_safetensors(file, size), name, (file, size))
     except RefusedError as error:
         raise ValueError(
             f"{name} is not opened: besides tensors it holds {error}, which could run code. Give a file of weights "
             f"only: save the model's state_dict() with torch.save, or as safetensors."
         ) from error
-    except Exception as error:  # each library raises many types for a file that it cannot read
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 300, placeholder=" ...")
-        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to turn the protection off
-            reason = "its pickle holds more than plain data"
+    except _UnusableError:
+        raise
+    except ValueError as error:
+        reason = textwrap.shorten(escaped(error), 300, placeholder=" ...")
         raise ValueError(
             f"{name} is damaged, truncated, or not a file of weights only ({reason}). Copy or download it again and "
             f"compare the sizes."
         ) from error
-    if content is None:
-        raise ValueError(f"{name} {_describe_unknown(head)} Give a checkpoint: .pth, .pt, .bin, .pkl or .safetensors.")
-    return _unwrap(content, name)
+    raise ValueError(f"{name} {_describe_unknown(head)} Give a checkpoint: .pth, .pt, .bin, .pkl or .safetensors.")
+
+
+class _UnusableError(ValueError):
+    """A file that can be read but has no weights, with a message for users."""
 
 
 def _describe_unknown(head: bytes) -> str:
@@ -151,77 +162,91 @@ def _describe_unknown(head: bytes) -> str:
     return f"has an unknown format: it begins with {head[:8]!r}."
 
 
-def _load_safetensors(data: bytes) -> dict[str, Any]:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    about = json.loads(header.get("__metadata__", {}).get("maskformer", "{}"))
-    return {"state_dict": safetensors.torch.load(data), "about": about}
+def _safetensors(file: BinaryIO, size: int) -> dict[str, Any]:
+    tensors, metadata = read_header(file, size)
+    return {"state_dict": tensors, "about": parse_json(metadata.get("maskformer", "{}"))}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {escaped(error, 200)}. Copy or download it again.") from error
     if not _is_dict(content):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Copy or download it again.")
     return content
 
 
-def _unwrap(content: Any, name: str) -> Weights:
-    """Find the state dict: the file itself, or its `state_dict` (OpenMMLab, timm) or `model` (detectron2, Swin)."""
+def _unwrap(content: Any, name: str, file: tuple[BinaryIO, int] | None = None) -> Weights:
+    """Find the state dict: the file itself, or its `state_dict` (OpenMMLab, timm) or `model` (detectron2, Swin).
+
+    Args:
+        file: the file, and its size, in which stored tensors are.
+    """
     about: dict[str, Any] = {}
     if _is_dict(content):
-        content = _plain(content)
         if _is_dict(content.get("about")):
             about = content["about"]
         elif _is_dict(content.get("meta")):
             about = {"meta": content["meta"]}
         inner = next((content[key] for key in ("state_dict", "model") if _is_dict(content.get(key))), content)
-        tensors = {
-            key: tensor for key, value in _plain(inner).items() if (tensor := _as_tensor(value, key, name)) is not None
-        }
+        found = {key: value for key, value in inner.items() if _is_tensor(value)}
+        if len(found) > MAX_TENSORS:
+            raise _UnusableError(
+                f"{name} has {len(found):,} tensors, more than {MAX_TENSORS:,}, so it is not a MaskFormer. Give "
+                f"another checkpoint."
+            )
+        tensors = _tensors(found, name, file)
         if tensors:
             if all(key.startswith(_WRAPPER) for key in tensors):
                 tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in tensors.items()}
             return Weights(name, tensors, about)
-    raise ValueError(
+    raise _UnusableError(
         f"{name} holds no tensors by name, but {_describe(content)}. Give a state dict, alone or under the key "
         f"state_dict or model."
     )
 
 
-def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    # A file can set attributes of the dictionaries that torch reads, such as `items` and `get`.
-    return dict(dict[str, Any].items(content))
+def _tensors(found: Mapping[Any, Any], name: str, file: tuple[BinaryIO, int] | None) -> dict[str, Tensor]:
+    tensors: dict[str, Any] = {}
+    for key, value in found.items():
+        try:
+            if isinstance(value, Unreadable):
+                raise ValueError(value.reason)
+            if isinstance(value, StoredTensor) and file is not None:
+                value.check(file[1])
+            tensors[key] = _from_array(value) if _is_array(value) else value
+        except Exception as error:  # numpy and torch raise many types
+            raise _UnusableError(
+                f"{name} is not used: its tensor {_shown(key)} cannot be read ({error}). Save it in float32."
+            ) from error
+        if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_NAME:
+            raise _UnusableError(
+                f"{name} is not used: the key {_shown(key)} of a tensor is not a name. Give a state dict."
+            )
+    if file is not None:
+        read = read_tensors(*file, tensors.values())
+        return {key: read[value] for key, value in tensors.items()}
+    for key, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise _UnusableError(
+                f"{name} is not used: its tensor {_shown(key)} is sparse, quantized or nested. Save it as a dense one "
+                f"in float32."
+            )
+    return {key: value.detach() for key, value in tensors.items()}
 
 
 def _is_dict(value: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict)
 
 
-def _as_tensor(value: object, key: object, name: str) -> Tensor | None:
-    try:
-        if isinstance(value, PickledArray):
-            value = value.to_numpy()
-        if isinstance(value, PickledTensor):
-            value = value.to_torch()
-        if _is_array(value):
-            array = value.astype(f"{value.dtype.kind}{value.dtype.itemsize}")  # a copy in this machine's byte order
-            value = torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
-    except Exception as error:  # numpy and torch raise many types
-        raise ValueError(
-            f"{name} is not used: its tensor {_shown(key)} cannot be read ({error}). Save it in float32."
-        ) from error
-    if not isinstance(value, Tensor):
-        return None
-    if not isinstance(key, str) or not key.isprintable():
-        raise ValueError(f"{name} is not used: the key {_shown(key)} of a tensor is not a name. Give a state dict.")
-    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-        raise ValueError(
-            f"{name} is not used: its tensor {_shown(key)} is sparse, quantized or nested. Save it as a dense one in "
-            f"float32."
-        )
-    return Tensor.detach(value)  # value.detach might be an attribute set by the file
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray | StoredTensor | Unreadable)
+
+
+def _from_array(array: npt.NDArray[Any]) -> Tensor:
+    native = array.astype(f"{array.dtype.kind}{array.dtype.itemsize}")  # a copy in this machine's byte order
+    return torch.from_numpy(native)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it untyped
 
 
 def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:
@@ -231,7 +256,7 @@ def _is_array(value: object) -> TypeGuard[npt.NDArray[Any]]:
 def _describe(content: object) -> str:
     if _is_dict(content):
         return f"a dict with the keys {', '.join(map(_shown, list(content)[:5])) or '(none)'}"
-    return f"a {type(content).__name__}"
+    return "a Tensor" if isinstance(content, StoredTensor) else f"a {type(content).__name__}"
 
 
 def _shown(key: object) -> str:

@@ -1,11 +1,11 @@
 """What is known of a model besides its weights, for others who use it."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 from maskformer import weights
+from maskformer.untrusted import escaped, parse_json
 from pipelines.checkpoints.pretrained import results_folder
 from pipelines.checkpoints.saved_model import find, is_native
 from pipelines.checkpoints.state import step_of
@@ -45,10 +45,10 @@ def _evaluations(folder: Location, step: int) -> Iterator[weights.Evaluation]:
         file = folder / name / "metrics.json"
         if name.startswith(prefix) and file.exists():
             try:
-                content = json.loads(file.read_bytes())
+                content = parse_json(file.read_bytes())
                 metrics = {key: float(value) for key, value in content["metrics"].items()}
                 yield weights.Evaluation(
                     data=name.removeprefix(prefix), num_images=int(content["num_images"]), metrics=metrics
                 )
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                logger.warning("%s is not used: %s: %s", file, type(error).__name__, error)
+                logger.warning("%s is not used: %s: %s", file, type(error).__name__, escaped(error, 300))

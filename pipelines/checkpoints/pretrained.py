@@ -84,7 +84,9 @@ def open_model(uri: str, taxonomy: Taxonomy) -> SavedModel:
     """
     location = find(uri)
     if is_native(location):
-        return load_model(location)
+        saved = load_model(location)
+        _check_fit(saved)
+        return saved
     file = read(uri)
     try:
         model = replace(weights.detect_config(file), num_classes=taxonomy.num_classes)
@@ -108,6 +110,20 @@ def open_model(uri: str, taxonomy: Taxonomy) -> SavedModel:
         config=TrainConfig(recipe=report.format, model=model, run=RunConfig(name=folder.lstrip("."), storage=parent)),
         taxonomy=taxonomy,
     )
+
+
+def _check_fit(saved: SavedModel) -> None:
+    """Check that a checkpoint's weights and classes are those of its configuration, before the model is built."""
+    known, stated = saved.taxonomy.num_classes, saved.config.model.num_classes
+    if known != stated:
+        raise UserError(
+            f"{saved.uri} does not fit its own configuration: it names {known} classes, and the model has {stated}. "
+            f"Give an undamaged copy of it."
+        )
+    try:
+        weights.check_fit(saved.uri, saved.weights, saved.config.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def results_folder(location: Location) -> tuple[str, str]:

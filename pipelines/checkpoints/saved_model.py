@@ -1,18 +1,19 @@
 """The model of a checkpoint without the optimizer, for evaluation and the registry."""
 
-import json
 from dataclasses import dataclass
 
-import safetensors.torch
 from torch import Tensor
 
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from pipelines.checkpoints.state import (
     DamagedCheckpointError,
     check_files,
     newest,
+    parsed,
     read_best,
     read_verified,
+    read_weights,
     step_folder,
     step_of,
 )
@@ -88,12 +89,21 @@ def load_model(location: Location) -> SavedModel:
 
 def _read(folder: Location) -> SavedModel:
     data = read_verified(folder, ["model.safetensors", "config.json"])
-    saved = json.loads(data["config.json"])
+    try:
+        saved = parsed(data["config.json"])
+        config = from_dict(TrainConfig, saved["config"])
+        taxonomy = Taxonomy.from_coco(saved["categories"])
+    except (ValueError, KeyError, AttributeError) as error:
+        what = (
+            escaped(error, 500) if isinstance(error, ValueError) else f"{type(error).__name__}: {escaped(error, 100)}"
+        )
+        kind = UserError if isinstance(error, UserError) else DamagedCheckpointError
+        raise kind(f"{folder}/config.json is not one of this version: {what.rstrip('.')}.") from error
     return SavedModel(
         uri=str(folder),
         step=step_of(folder) or 0,
-        weights=safetensors.torch.load(data["model.safetensors"]),
-        config=from_dict(TrainConfig, saved["config"]),
-        taxonomy=Taxonomy.from_coco(saved["categories"]),
+        weights=read_weights(folder, data["model.safetensors"]),
+        config=config,
+        taxonomy=taxonomy,
         folder=str(folder).rpartition("/checkpoints/")[0] or str(folder),
     )

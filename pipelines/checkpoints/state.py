@@ -14,7 +14,6 @@ saved, since every random number is a function of the position in the data.
 import io
 import json
 import logging
-import pickle
 import platform
 import re
 from collections.abc import Callable
@@ -28,7 +27,12 @@ import torch
 import torchvision
 from torch import Tensor
 
+from maskformer import weights
+from maskformer.config import require_integer, require_number
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
+from maskformer.weights.pickles import RefusedError
+from maskformer.weights.pickles import load as load_pickled
 from pipelines.config.serialize import to_dict
 from pipelines.config.train import TrainConfig
 from pipelines.errors import UserError
@@ -37,6 +41,7 @@ from pipelines.storage import Location, sha256
 logger = logging.getLogger(__name__)
 
 _VERSION = 2
+_FILES = ("model.safetensors", "state.pt", "config.json")
 _FOLDER = re.compile(r"step_(\d{8,})$")
 
 Loaded = TypeVar("Loaded")
@@ -122,10 +127,10 @@ def save(folder: Location, state: TrainingState, config: TrainConfig, taxonomy: 
     rest = {"step": state.step, "optimizer": state.optimizer, "progress": state.progress}
     if state.averaged is not None:
         rest["model"] = state.model
-    weights = state.model if state.averaged is None else state.averaged
+    best = state.model if state.averaged is None else state.averaged
     about = {"config": to_dict(config), "categories": taxonomy.to_coco()}
     contents: dict[str, Callable[[BinaryIO], object]] = {
-        "model.safetensors": lambda file: file.write(safetensors.torch.save(weights)),
+        "model.safetensors": lambda file: file.write(safetensors.torch.save(best)),
         "state.pt": lambda file: torch.save(rest, file),
         "config.json": lambda file: file.write(json.dumps(about, indent=1).encode()),
     }
@@ -146,19 +151,38 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         StorageUnavailableError: the storage did not answer.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["version"] == _VERSION:
+        manifest = parsed((folder / "manifest.json").read_bytes())
+        version = manifest["version"]
+        if version == _VERSION:
+            files = manifest["files"]
+            if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+                raise ValueError("its files are not described")
             return manifest
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
     except UserError:
         raise  # a storage that cannot be read does not mean that the checkpoint is damaged, nor does an OSError
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError) as error:
+        what = f"{type(error).__name__}: {escaped(error, 300)}"
+        raise DamagedCheckpointError(f"{folder} cannot be read: {what}") from error
     raise UserError(
-        f"The checkpoint {folder} has version {manifest['version']}, and this program reads {_VERSION}. Use the "
+        f"The checkpoint {folder} has version {escaped(repr(version), 50)}, and this program reads {_VERSION}. Use the "
         f"version of maskformer-ray that wrote it, or start a new run with --weights {folder}/model.safetensors."
     )
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: it holds something else, or is too large.
+    """
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+    found = parse_json(content)
+    if not isinstance(found, dict):
+        raise ValueError(f"an object is needed, got {type(found).__name__}")
+    return found
 
 
 def check_files(folder: Location) -> dict[str, Any]:
@@ -170,7 +194,9 @@ def check_files(folder: Location) -> dict[str, Any]:
         StorageUnavailableError: the storage did not answer.
     """
     manifest = read_manifest(folder)
-    wrong = [name for name, file in manifest["files"].items() if (folder / name).size() != file["bytes"]]
+    # The names are our own: those of the manifest might lead out of the folder.
+    files = {name: manifest["files"].get(name, {}) for name in _FILES}
+    wrong = [name for name, file in files.items() if (folder / name).size() != file.get("bytes")]
     if wrong:
         raise DamagedCheckpointError(f"{folder} is damaged: {', '.join(wrong)} is missing or has another size.")
     return manifest
@@ -187,11 +213,9 @@ def read_verified(folder: Location, names: list[str]) -> dict[str, bytes]:
     manifest = read_manifest(folder)
     try:
         data = {name: (folder / name).read_bytes() for name in names}
-        wrong = [name for name in names if sha256(data[name]) != manifest["files"][name]["sha256"]]
+        wrong = [name for name in names if sha256(data[name]) != manifest["files"].get(name, {}).get("sha256")]
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     if wrong:
         raise DamagedCheckpointError(
             f"{folder} is damaged: {', '.join(wrong)} does not have the hash in manifest.json."
@@ -208,21 +232,40 @@ def load(folder: Location) -> TrainingState:
         StorageUnavailableError: the storage did not answer.
     """
     data = read_verified(folder, ["model.safetensors", "state.pt"])
+    saved = read_weights(folder, data["model.safetensors"])
     try:
-        rest = torch.load(io.BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
-        weights = safetensors.torch.load(data["model.safetensors"])
-        averaged = weights if "model" in rest else None
-        model = rest.get("model", weights)
-        return TrainingState(rest["step"], model, rest["optimizer"], averaged, rest.get("progress", {}))
-    except pickle.UnpicklingError as error:  # torch's message advises to disable the protection
+        rest = load_pickled(io.BytesIO(data["state.pt"]))
+    except RefusedError as error:
         raise DamagedCheckpointError(
-            f"{folder} was not opened: its state.pt has more than tensors and plain values, so loading it could run "
-            f"code."
+            f"{folder} was not opened: its state.pt has more than tensors and plain values ({error}), so loading it "
+            f"could run code."
         ) from error
-    except Exception as error:  # both libraries raise many types for what they cannot read
-        raise DamagedCheckpointError(
-            f"{folder} cannot be read by this version: {type(error).__name__}: {error}"
-        ) from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read by this version: its state.pt: {error}.") from error
+    match rest:
+        case {"step": int(step), "optimizer": dict(optimizer)} if step >= 0 and not isinstance(step, bool):
+            model, progress = rest.get("model", saved), rest.get("progress", {})
+            if isinstance(progress, dict) and isinstance(model, dict) and _are_weights(model):
+                return TrainingState(step, model, optimizer, saved if "model" in rest else None, progress)
+    raise DamagedCheckpointError(f"{folder} cannot be read by this version: its state.pt is not a training state.")
+
+
+def _are_weights(values: dict[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items())
+
+
+def read_weights(folder: Location, content: bytes) -> dict[str, Tensor]:
+    """Return the tensors in the content of a checkpoint's model.safetensors.
+
+    Raises:
+        DamagedCheckpointError: they cannot be read.
+    """
+    file = io.BytesIO(content)
+    file.name = f"{folder}/model.safetensors"
+    try:
+        return weights.read(file).tensors
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
 def newest(run: Location, read: Callable[[Location], Loaded]) -> Loaded | None:
@@ -267,14 +310,18 @@ def read_best(run: Location) -> BestCheckpoint | None:
     """
     file = run / "best.json"
     try:
-        values = json.loads(file.read_text())
-        return BestCheckpoint(int(values["step"]), float(values["quick_pq"]))
+        values = parsed(file.read_bytes())
+        step, quick_pq = require_integer("its step", values["step"]), require_number("quick_pq", values["quick_pq"])
+        if not 0 <= step < 10**15:
+            raise ValueError("its step is negative or too large")
+        return BestCheckpoint(step, float(quick_pq))
     except FileNotFoundError:
         return None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}.") from error
+    except (ValueError, KeyError) as error:
+        what = f"{type(error).__name__}: {escaped(error, 300)}"
+        raise DamagedCheckpointError(f"{file} cannot be read: {what}.") from error
 
 
 def write_best(run: Location, best: BestCheckpoint) -> None:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from maskformer.config import LossConfig, ModelConfig, OptimizerConfig, PanopticConfig, ScheduleConfig
+from maskformer.config import MAX_SIDE, LossConfig, ModelConfig, OptimizerConfig, PanopticConfig, ScheduleConfig
 from pipelines.data.augment_config import AugmentConfig
 from pipelines.data.order import BatchSplit
 from pipelines.errors import UserError
@@ -195,9 +195,9 @@ class EvaluationConfig:
     """Image size in evaluation, and the quick PQ during training."""
 
     short_side: int = 800
-    """Short side in pixels to which images are resized for evaluation."""
+    """Short side in pixels to which images are resized for evaluation. At most 10,000."""
     long_side: int = 1333
-    """Upper limit of the long side in pixels. Takes precedence over short_side."""
+    """Upper limit of the long side in pixels. At most 10,000. Takes precedence over short_side."""
     every: int = 5000
     """Steps between computations of the quick PQ; 0 disables it."""
     images: int = 256
@@ -205,6 +205,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, short_side=1, long_side=1, every=0, images=1)
+        for name in ("short_side", "long_side"):
+            if getattr(self, name) > MAX_SIDE:
+                raise ValueError(f"evaluation.{name} must be at most {MAX_SIDE} pixels, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
