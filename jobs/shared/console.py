@@ -13,6 +13,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from jobs.shared.streams import printable
 from pipelines import progress
 from pipelines.errors import UserError
 
@@ -22,6 +23,13 @@ log_files: list[Path] = []
 """Where the output of Ray and MLflow went in this process."""
 
 
+class LineFormatter(logging.Formatter):
+    """Formats a record as a line. Those that follow, as of a traceback, are indented: none can pass for a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\n  ")
+
+
 class Console(logging.Handler):
     """Writes log lines to a terminal without disturbing its progress bar."""
 
@@ -29,7 +37,7 @@ class Console(logging.Handler):
         """Write `announcement` before the first line: a job that is refused before has nothing to announce."""
         super().__init__()
         self.stream, self._announcement = stream, announcement
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(LineFormatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -68,8 +76,8 @@ def quiet(verbose: bool) -> Iterator[None]:
         # In a submitted job this is a node of the cluster.
         host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
         console = Console(stderr, f"Output of Ray and MLflow goes to {host}{file} (--verbose shows it here).")
-        to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter(f"{FORMAT} [%(name)s]"))
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(LineFormatter(f"{FORMAT} [%(name)s]"))
         try:
             root.handlers = [to_file, *(handler for handler in handlers if type(handler) is not logging.StreamHandler)]
             for logger in ours:
