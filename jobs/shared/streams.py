@@ -29,6 +29,11 @@ def paragraph(error: BaseException) -> str:
     return escaped(_LINE_ENDS.sub(" ", str(error)))
 
 
+def print_line(text: str) -> None:
+    """Print one line, whatever the texts from outside in it."""
+    print(escaped(text), flush=True)
+
+
 class Printable:
     """A text stream that writes to another one what `printable` returns."""
 

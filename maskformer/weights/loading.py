@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from maskformer.config import ModelConfig
 from maskformer.model import build_model
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from maskformer.weights.architecture import recognize
 from maskformer.weights.classes import HEAD, move_classes
 from maskformer.weights.description import model_fields
@@ -56,7 +57,7 @@ class LoadReport:
             )
             if names
         ]
-        return "\n".join(lines)
+        return "\n".join(map(escaped, lines))
 
     def require_complete(self) -> None:
         """Check that no tensor is missing, as evaluation and conversion require.

@@ -154,4 +154,4 @@ def test_csv_keeps_all_digits() -> None:
     assert (float(rows[0]["pq"]), rows[0]["step"], rows[2]["pq"]) == (0.31234, "1500", "")
     assert [row["data.kind"] for row in rows] == ["z", "x,y", "z"]
     assert [row["loss.kind"] for row in rows] == ["true", "none", "false"]
-    assert rows[2]["cause"] == "OSError: no\nspace"
+    assert rows[2]["cause"] == "OSError: no space"
