@@ -165,7 +165,9 @@ def csv(records: Iterable[TrialRecord]) -> str:
     for record in records:
         step, pq = record.last if record.results else ("", "")
         values = [_cell(record.values[setting]) if setting in record.values else "" for setting in settings]
-        lines.writerow([_cell(record.name), _cell(record.status), step, pq, *values, _cell(" ".join(record.cause.split()))])
+        lines.writerow(
+            [_cell(record.name), _cell(record.status), step, pq, *values, _cell(" ".join(record.cause.split()))]
+        )
     return text.getvalue()
 
 
