@@ -58,19 +58,19 @@ def main() -> int:
 
 def _table(evaluation: "EvaluationResult") -> list[str]:
     quality, intervals = evaluation.quality, evaluation.analysis.intervals
-    classes = {
-        f"  {escaped(name, _LONGEST)}": values
+    classes = [
+        (f"  {escaped(name, _LONGEST)}", values)
         for name, values in quality.per_class.items()
         if values.tp + values.fp + values.fn
-    }
-    first = max(26, *(width(name) + 2 for name in classes)) if classes else 26
+    ]
+    first = max([26, *(width(name) for name, _ in classes)])
     lines = [f"{'percent':<{first}}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}   95 % interval of PQ"]
     for name, group in (("all", quality.all), ("things", quality.things), ("stuff", quality.stuff)):
         span = f"   {100 * intervals[name].low:.1f} to {100 * intervals[name].high:.1f}" if name in intervals else ""
         lines.append(
             f"{name:<{first}}{_percent(group.pq)}{_percent(group.sq)}{_percent(group.rq)}{group.num_classes:>9}{span}"
         )
-    for name, values in classes.items():
+    for name, values in classes:
         lines.append(f"{left(name, first)}{_percent(values.pq)}{_percent(values.sq)}{_percent(values.rq)}")
     lost = {name.removeprefix("lost/"): value for name, value in evaluation.metrics.items() if name.startswith("lost/")}
     ranked = sorted(lost, key=lambda cause: -lost[cause])

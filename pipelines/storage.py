@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow as pa
 from pyarrow import fs
 
+from maskformer.untrusted import escaped
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -399,6 +400,11 @@ def locate(uri: str | os.PathLike[str]) -> Location:
         StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
+    if not uri.isascii():
+        try:
+            uri.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"The name {escaped(uri)} is not UTF-8. Rename the file or folder.") from None
     if not is_remote(uri):
         return Location(fs.LocalFileSystem(), uri, uri)
     scheme, _, path = uri.partition("://")

@@ -4,8 +4,6 @@ Exit status 0 is success, 2 a user error, 130 Ctrl-C, 1 anything else. Nothing h
 answers at once.
 """
 
-import contextlib
-import io
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +14,6 @@ import tyro
 from jobs.shared import console
 from jobs.shared.help import help_text
 from jobs.shared.streams import guard, paragraph
-from maskformer.untrusted import escaped
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
 Config = TypeVar("Config")
@@ -47,27 +44,15 @@ def parse(
         text = description or config_type.__doc__ or ""
         print(help_text(prog, text, config_type, default, usage, shown, required, everything))
         sys.exit(0)
-
-    def parsed(arguments: list[str]) -> Config:
-        return tyro.cli(
-            config_type,
-            prog=prog,
-            args=arguments,
-            default=tyro.MISSING_NONPROP if default is None else default,
-            description=description,
-            # A union keeps the recipe's variant and stays overridable by plain flags.
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-
-    arguments = sys.argv[1:]
-    if all(map(str.isprintable, arguments)):
-        return parsed(arguments)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return parsed(arguments)
-    except SystemExit:
-        parsed(list(map(escaped, arguments)))  # the same error, which repeats arguments
-        raise
+    # What tyro prints about arguments is in a box, whose lines all begin with its border.
+    return tyro.cli(
+        config_type,
+        prog=prog,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        description=description,
+        # A union keeps the recipe's variant and stays overridable by plain flags.
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def asks_for_help() -> bool:
@@ -85,7 +70,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a job's `main` and exit with its status (None is 0)."""
     guard()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(console.LineFormatter(console.FORMAT))
+    handler.setFormatter(console.Formatter(console.FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         sys.exit(main())

@@ -23,7 +23,7 @@ log_files: list[Path] = []
 """Where the output of Ray and MLflow went in this process."""
 
 
-class LineFormatter(logging.Formatter):
+class Formatter(logging.Formatter):
     """Formats a record as a line. Those that follow, as of a traceback, are indented: none can pass for a record."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -37,7 +37,7 @@ class Console(logging.Handler):
         """Write `announcement` before the first line: a job that is refused before has nothing to announce."""
         super().__init__()
         self.stream, self._announcement = stream, announcement
-        self.setFormatter(LineFormatter(FORMAT))
+        self.setFormatter(Formatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -77,7 +77,7 @@ def quiet(verbose: bool) -> Iterator[None]:
         host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
         console = Console(stderr, f"Output of Ray and MLflow goes to {host}{file} (--verbose shows it here).")
         to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(LineFormatter(f"{FORMAT} [%(name)s]"))
+        to_file.setFormatter(Formatter(f"{FORMAT} [%(name)s]"))
         try:
             root.handlers = [to_file, *(handler for handler in handlers if type(handler) is not logging.StreamHandler)]
             for logger in ours:

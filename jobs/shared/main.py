@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jobs.shared.cli import run
 from jobs.shared.streams import guard
-from maskformer.untrusted import escaped
 
 _FOLDER = Path(__file__).parents[1]
 
@@ -24,7 +23,7 @@ def main() -> None:
             print(f"  {job:<18}{summary}")
         sys.exit(0)
     if name not in jobs:
-        print(f"error: There is no job {escaped(sys.argv[1])!r}. Use one of: {', '.join(jobs)}.", file=sys.stderr)
+        print(f"error: There is no job {sys.argv[1]!r}. Use one of: {', '.join(jobs)}.", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"maskformer-ray {name}", *sys.argv[2:]]
     run(import_module(f"jobs.{name}").main)
