@@ -13,7 +13,7 @@ import tyro
 
 from jobs.shared import console
 from jobs.shared.help import help_text
-from jobs.shared.streams import guard, paragraph
+from jobs.shared.streams import guard
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
 Config = TypeVar("Config")
@@ -75,10 +75,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {paragraph(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RunFailedError, StorageUnavailableError) as error:
-        print(f"error: {paragraph(error)}{_details()}", file=sys.stderr)
+        print(f"error: {error}{_details()}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,7 +12,6 @@ from maskformer.untrusted import escaped
 # Colors as tyro and Ray use them. A background, or hidden text, is not among them.
 _COLOR = r"\x1b\[(?:(?:0|1|2|22|3[0-7]|39|9[0-7])(?:;(?=\d)|(?=m)))*m"
 _KEPT = re.compile(rf"(\n|\t|{_COLOR})")
-_LINE_ENDS = re.compile(r"\s*[\n\r]\s*")
 
 
 def printable(text: str, terminal: bool = False) -> str:
@@ -22,11 +21,6 @@ def printable(text: str, terminal: bool = False) -> str:
     if not terminal:
         parts[1::2] = ["" if part.startswith("\x1b") else part for part in parts[1::2]]
     return "".join(parts)
-
-
-def paragraph(error: BaseException) -> str:
-    """Return the message of an error without the ends of its lines."""
-    return escaped(_LINE_ENDS.sub(" ", str(error)))
 
 
 def print_line(text: str) -> None:

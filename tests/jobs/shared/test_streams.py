@@ -5,11 +5,12 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
-from jobs.shared.streams import Printable, paragraph, printable
+from jobs.shared.streams import Printable, printable
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,10 +47,6 @@ def test_lines_are_written_as_text_is() -> None:
     assert stream.getvalue() == "a\n\\x1b[2J\n"
 
 
-def test_a_message_is_one_paragraph() -> None:
-    assert paragraph(ValueError("bad\n  indent\r\nat:  here\x1b[2J")) == r"bad indent at:  here\x1b[2J"
-
-
 JOB = r"""
 import logging, sys, warnings
 from tqdm import tqdm
@@ -60,7 +57,7 @@ def main():
     for verbose in (False, True):
         with quiet(verbose):
             logging.getLogger("pipelines.test").warning("logged %s", HOSTILE)
-            for _ in tqdm(range(2), file=sys.stderr):
+            for _ in tqdm(range(2), file=sys.stderr, ncols=60):
                 pass
     sys.stdout.write("\x1b[32mgreen\x1b[0m\n")
     sys.stderr.writelines([HOSTILE.replace("\n", "")])
@@ -85,6 +82,7 @@ def test_logs_warnings_bars_and_a_traceback_in_a_pipe(tmp_path: Path) -> None:
 
 def test_a_terminal_keeps_its_bars_and_colors(tmp_path: Path) -> None:
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", JOB], cwd=ROOT, env=environment, stdout=follower, stderr=follower
