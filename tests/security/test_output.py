@@ -96,7 +96,8 @@ def attack(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[b
         sys.stdout.flush()
         sys.stderr.flush()
         attacked.add(job)
-        return checked(int(end.value.code or 0), *capfdbinary.readouterr(), allowed)
+        out, err = capfdbinary.readouterr()
+        return checked(int(end.value.code or 0), cast(bytes, out), cast(bytes, err), allowed)
 
     return call
 
@@ -430,9 +431,8 @@ def test_what_a_cluster_answers(attack: Attack, tmp_path: Path, monkeypatch: pyt
                 yield lines
 
         def get_job_info(self, name: str) -> Any:
-            info = type("Info", (), {"driver_exit_code": 2, "message": f"error: it failed{TEXT}"})()
-            info.status = submission.JobStatus(self.status)
-            return info
+            message = f"error: it failed{TEXT}"
+            return SimpleNamespace(status=submission.JobStatus(self.status), driver_exit_code=2, message=message)
 
     monkeypatch.setenv(submission.ADDRESS, "http://127.0.0.1:9")
     monkeypatch.setattr(submission, "connect", lambda address: Cluster())
