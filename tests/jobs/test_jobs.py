@@ -174,7 +174,10 @@ def test_data_that_is_no_pack(
         (["--weights", "imagenet", "--model.backbone", "resnet50"], r"are not at .*torch/hub/checkpoints/resnet50"),
         (["--weights", str(ROOT / "LICENSE"), "--model.backbone", "resnet50"], r"LICENSE has an unknown format"),
         (["--tracking.uri", NOBODY], rf"MLflow server {NOBODY} does not answer: .*--tracking\.uri"),
-        (["--tracking.uri", "sqlite:////dev/null/mlflow.db"], r"There is no database of MLflow at /dev/null/mlflow\.db"),
+        (
+            ["--tracking.uri", "sqlite:////dev/null/mlflow.db"],
+            r"There is no database of MLflow at /dev/null/mlflow\.db",
+        ),
         (["--tracking.uri", "mlruns"], r"no longer keeps runs in a plain folder"),
         (["--run.storage", "/dev/null/runs"], r"Cannot write /dev/null/runs/\.writable"),
         (["--run.storage", "nothing://runs"], r"Cannot open nothing://runs"),
