@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-slow check format numerics bench clean
+.PHONY: help demo test test-slow check format numerics bench constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ check: .venv/installed  ## check format, lint, types, import contracts and spell
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
-	$(BIN)/codespell --builtin clear,rare,en-GB_to_en-US maskformer pipelines jobs cluster docs tests README.md CONTRIBUTING.md CHANGELOG.md Makefile pyproject.toml
+	$(BIN)/codespell --builtin clear,rare,en-GB_to_en-US maskformer pipelines jobs cluster docs tests README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md Makefile pyproject.toml
 
 format: .venv/installed  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
@@ -34,7 +34,11 @@ numerics: .venv/installed  ## print hashes of losses and weights, which a refact
 bench: .venv/installed  ## measure the training step against its peers
 	@$(BIN)/python jobs/bench/peers.py --repeats 3 --bfloat16 --output docs/bench/$$(date +%F).md
 
-.venv/installed: pyproject.toml constraints.txt Makefile
+constraints: .venv/installed  ## write constraints-all.txt from .venv
+	@{ echo "# Everything that the tests ran with, on Python 3.11. Names and versions only; written by \`make constraints\`."; \
+		$(BIN)/python -m pip freeze --exclude-editable | sed -nE 's/^([A-Za-z0-9._-]+==[A-Za-z0-9.]+)(\+.*)?$$/\1/p'; } > $@-all.txt
+
+.venv/installed: pyproject.toml constraints-all.txt Makefile
 	@if test -x $(BIN)/python; then echo "Updating .venv."; else \
 		$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or \
 			sys.exit("error: Python 3.11 is needed, got %d.%d. Use: make PYTHON=python3.11" % sys.version_info[:2])' && \
@@ -42,8 +46,8 @@ bench: .venv/installed  ## measure the training step against its peers
 		echo "This takes 3 minutes or more and prints nothing. The demo itself takes about 7 minutes on two cores." && \
 		$(PYTHON) -m venv .venv; \
 	fi
-	@$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet -c constraints-all.txt torch torchvision
+	@$(BIN)/python -m pip install --quiet -c constraints-all.txt -e ".[dev]"
 	@# The oracle of the PQ tests; its declared dependencies are not needed for scoring.
 	@$(BIN)/python -m pip install --quiet --no-deps panopticapi-lite==0.2.0
 	@touch $@

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.shared.cli import parse, run
 from pipelines import columns
+from pipelines.credentials import redacted
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ def _mlflow_run(record: dict[str, Any]) -> str:
     tracking = config.get("tracking") if isinstance(config, dict) else None
     uri = printable(tracking.get("uri")) if isinstance(tracking, dict) else ""
     name = printable(record.get("mlflow_run_id"))
-    # A password may be in the address.
-    return name and f"{name} at {re.sub(r'//[^/@]*@', '//', uri) or 'an unknown address'}"
+    return name and f"{name} at {redacted(uri) or 'an unknown address'}"
 
 
 def _json(reports: "_Report | list[_Report]") -> str:

@@ -23,13 +23,16 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.error import HTTPError
 
 import pyarrow as pa
 from pyarrow import fs
 
 from maskformer.untrusted import escaped
+from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,12 @@ def is_remote(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return a path as an absolute path, since workers run in another directory, and a URI without a trailing slash."""
+    """Return a path as an absolute path, since workers run in another directory, and a URI without a trailing slash.
+
+    Raises:
+        UserError: the URI has a user name, password, key or token in it.
+    """
+    refuse_credentials(uri)
     if is_remote(uri):
         scheme, _, path = uri.partition("://")
         return f"{scheme}://{path.rstrip('/')}"
@@ -380,7 +388,7 @@ def _duration(seconds: float) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return redacted(" ".join(str(error).split())).rstrip(".")
 
 
 def _credentials_hint() -> str:
@@ -396,7 +404,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Return the location that a path or URI names; nothing is created or read.
 
     Raises:
-        UserError: the scheme is unknown or the URI malformed.
+        UserError: the scheme is unknown or the URI malformed, or has a user name, password, key or token in it.
         StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
@@ -452,8 +460,35 @@ def _remote(bucket: str, settings: tuple[tuple[str, str], ...]) -> tuple[fs.File
     if isinstance(filesystem, fs.S3FileSystem):
         environment = dict(settings)
         endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            refuse_credentials(endpoint, "The endpoint in $AWS_ENDPOINT_URL")
+            _refuse_redirects(endpoint, root)
         filesystem = _S3(filesystem.region, endpoint)
     return filesystem, root
+
+
+def _refuse_redirects(endpoint: str, bucket: str) -> None:
+    """Refuse an endpoint that redirects: the client follows, and sends content and session token to the other host too.
+
+    The client cannot be told not to. AWS redirects between its own regions, so only a given endpoint is asked, once for
+    each bucket, and without credentials. Unlike jobs, the client uses no proxy of the environment.
+
+    Raises:
+        StorageRefusedError: it redirects.
+    """
+    target = ""
+    try:
+        open_url(f"{endpoint.rstrip('/')}/{bucket}", _CONNECT_TIMEOUT, direct=True).close()
+    except HTTPError as error:
+        target = redirect(error.code, error.headers.get("Location"))
+        error.close()
+    except (OSError, ValueError, HTTPException):
+        return  # the client itself finds out, and tries again
+    if target:
+        raise StorageRefusedError(
+            f"The S3 endpoint {endpoint} answers with a redirect to {target}, which is not followed: credentials "
+            f"would be sent there. If that is your storage, set $AWS_ENDPOINT_URL to its address."
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "CHANGELOG.md",
     ROOT / "cluster" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

@@ -6,7 +6,9 @@ answers at once.
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -14,6 +16,7 @@ import tyro
 from jobs.shared import console
 from jobs.shared.help import help_text
 from jobs.shared.streams import guard
+from pipelines.credentials import redacted, refuse_credentials
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
 Config = TypeVar("Config")
@@ -29,7 +32,8 @@ def parse(
 ) -> Config:
     """Read the command line into a `config_type`.
 
-    An unknown flag or an invalid value exits with status 2 and a suggestion.
+    An unknown flag or an invalid value exits with status 2 and a suggestion. So does an address with a user name, a
+    password, a key or a token in it, whichever flag it is for.
 
     Args:
         default: an instance, such as one with a recipe, whose every setting may be overridden.
@@ -44,6 +48,8 @@ def parse(
         text = description or config_type.__doc__ or ""
         print(help_text(prog, text, config_type, default, usage, shown, required, everything))
         sys.exit(0)
+    for argument in sys.argv[1:]:
+        refuse_credentials(argument, "The argument")
     # What tyro prints about arguments is in a box, whose lines all begin with its border.
     return tyro.cli(
         config_type,
@@ -60,6 +66,11 @@ def asks_for_help() -> bool:
     return bool({"--help", "--help-all", "-h"}.intersection(_own_arguments()))
 
 
+def is_given(setting: str) -> bool:
+    """Tell whether the command line has the flag of a setting."""
+    return any(argument.partition("=")[0] == f"--{setting}" for argument in _own_arguments())
+
+
 def _own_arguments() -> list[str]:
     """Return the arguments before `--`, after which a command for a cluster follows."""
     arguments = sys.argv[1:]
@@ -72,13 +83,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(console.Formatter(console.FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _show_bug
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (RunFailedError, StorageUnavailableError) as error:
-        print(f"error: {error}{_details()}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}{_details()}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -87,6 +99,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if details := _details():
             print(details.strip(), file=sys.stderr)
         raise
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that is not handled, without secrets."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _details() -> str:

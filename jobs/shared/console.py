@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jobs.shared.streams import printable
 from pipelines import progress
+from pipelines.credentials import redacted
 from pipelines.errors import UserError
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -24,10 +25,10 @@ log_files: list[Path] = []
 
 
 class Formatter(logging.Formatter):
-    """Formats a record as a line. Those that follow, as of a traceback, are indented: none can pass for a record."""
+    """Formats log lines without secrets. Those that follow, as of a traceback, are indented: none can pass for one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record)).replace("\n", "\n  ")
+        return printable(redacted(super().format(record))).replace("\n", "\n  ")
 
 
 class Console(logging.Handler):

@@ -2,25 +2,33 @@
 
 import argparse
 import json
+import logging
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.shared.cli import asks_for_help, parse
+from jobs.shared.cli import asks_for_help, is_given, parse
 from jobs.shared.console import quiet
 from jobs.shared.streams import print_line
 from maskformer.untrusted import escaped
 from pipelines.config.fields import ESSENTIAL, facts
 from pipelines.config.overrides import flatten, with_overrides
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
-from pipelines.config.serialize import VERSION, upgraded
+from pipelines.config.serialize import VERSION, to_dict, upgraded
 from pipelines.config.train import TrainConfig
+from pipelines.credentials import refuse_credentials
 from pipelines.errors import StorageUnavailableError, UserError
+
+logger = logging.getLogger(__name__)
 
 SHOWN = ("recipe", "config", *ESSENTIAL)
 """The settings that `--help` of a training job shows, and those of other jobs that take a recipe."""
+_ADDRESSES = ("tracking.uri", "run.storage", "data.train", "data.val", "weights")
+"""The settings that say what is contacted, read or written."""
 USAGE = "[--recipe NAME] [--config FILE] [--SETTING VALUE ...]"
 
 
@@ -31,7 +39,8 @@ class TrainFlags:
     training: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: str = ""
     """JSON file (path or s3:// URI) of settings that override the recipe's; flags override both. A sweep's best.json,
-    a run's config.json (without its run.name), or your own: {"optimizer": {"lr": 0.0002}}."""
+    a run's config.json (without its run.name), or your own: {"optimizer": {"lr": 0.0002}}. An address on the network
+    in it is used only if a flag or the environment gives the same."""
     verbose: bool = False
     """Show the output of Ray and MLflow instead of writing it to a log file."""
 
@@ -113,9 +122,44 @@ def _chosen_recipe(recipes: Mapping[str, TrainConfig]) -> TrainConfig:
             f"There is no recipe {name!r} for this job{source}. Use --recipe with one of: {', '.join(recipes)}."
         )
     try:
-        return with_overrides(recipes[name], values)
+        config = with_overrides(recipes[name], values)
     except UserError as error:
         raise UserError(f"{asked.config} cannot be used by --config. {error}") from error
+    _require_asked_for(config, recipes[name], asked.config)
+    return config
+
+
+def _require_asked_for(config: TrainConfig, recipe: TrainConfig, file: str) -> None:
+    """Refuse addresses on the network that only the file names, and say which other ones it names.
+
+    A file may come from a stranger. MLflow's server gets user name and password, a bucket gets the checkpoints.
+
+    Args:
+        config: the recipe with the settings of the file.
+
+    Raises:
+        UserError: the file names an address that neither a flag nor the environment gives.
+    """
+    named, before = flatten(to_dict(config)), flatten(to_dict(recipe))
+    of_file = [name for name in _ADDRESSES if named[name] != before[name] and not is_given(name)]
+    for name in of_file:
+        refuse_credentials(named[name], f"{file} cannot be used by --config: its {name}")
+    unasked = [name for name in of_file if _is_on_network(named[name]) and named[name] != _in_environment(name)]
+    if unasked:
+        flags = " ".join(f"--{name} {shlex.quote(named[name])}" for name in unasked)
+        raise UserError(
+            f"{file} names addresses on the network, which are not used unasked. To use them, add: {escaped(flags)}"
+        )
+    if of_file and not asks_for_help():
+        logger.info("From %s: %s.", file, ", ".join(f"{name} {escaped(named[name])}" for name in of_file))
+
+
+def _is_on_network(address: str) -> bool:
+    return "://" in address and not address.lower().startswith(("file:", "sqlite:"))
+
+
+def _in_environment(name: str) -> str:
+    return os.environ.get(facts(name).variable, "").rstrip("/")
 
 
 def _settings_of(uri: str) -> dict[str, Any]:

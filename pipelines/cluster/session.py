@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import ray
 
+from pipelines.credentials import refuse_credentials
 from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,13 @@ def session() -> Iterator[None]:
     A nested session reuses the outer one.
 
     Raises:
-        UserError: the cluster cannot be joined, or runs another version of Ray.
+        UserError: the cluster cannot be joined, or runs another version of Ray, or its address has a password in it.
     """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "")
+    refuse_credentials(address, "The address $RAY_ADDRESS,")
     options = {"logging_level": logging.WARNING, "log_to_driver": True}
     try:
         if not is_remote():

@@ -1,16 +1,19 @@
 """Submitting jobs to a Ray cluster: checks the package and the cluster first, where `ray job submit` fails late."""
 
 import asyncio
+import fnmatch
 import http.client
+import itertools
 import json
 import logging
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -22,6 +25,8 @@ from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from maskformer.untrusted import escaped, open_regular
+from pipelines.credentials import SECRET_VARIABLES, open_url, redirect, refuse_credentials
 from pipelines.errors import RunFailedError, UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,22 @@ MIB = 2**20
 
 STOP_SECONDS = 120
 """How long a stopped job may take to save. By default, Ray kills a job after three seconds."""
+
+_SECRET_FOLDERS = (".aws", ".azure", ".docker", ".gnupg", ".kube", ".oci", ".ssh")
+_SECRET_NAMES = (
+    ".env", ".env.*", "*.env", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".pgpass", ".my.cnf", ".npmrc",
+    ".s3cfg", ".boto", ".htpasswd", ".databrickscfg", ".dockercfg", ".vault-token", "kubeconfig", "*.kubeconfig",
+    "id_rsa", "id_dsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519", "id_ed25519_sk",
+    "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.kdbx", "*.gpg",
+    "*token", "*token.txt", "*token.json", "*token.y*ml", "*tokens.txt", "*tokens.json",
+    "credentials", "credentials.*", "*credentials*.json", "*credentials*.y*ml", "*credentials*.csv",
+    "*accesskeys*.csv", "client_secret*.json", "*service*account*.json", "secret.*", "secrets.*", "mlflow.db",
+)  # fmt: skip
+_NOT_SECRET = ("*.example", "*.sample", "*.template", "*.py", "*.md", "*.pub")
+_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_KEY|ACCESS_KEY", re.IGNORECASE)
+_PRIVATE_KEY = re.compile(rb"\s*-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-")
+_START = 4096  # bytes of a file that are looked at
+_SHOWN = 10  # names in a message
 
 # Ray logs every ignore file that it reads, every folder that it skips, and the end of each connection.
 for _name in (
@@ -55,15 +76,35 @@ class Outcome:
 
 
 def sent_files(root: Path) -> dict[str, int]:
-    """Return the files of the working directory `root` that Ray will send, with their sizes in bytes."""
+    """Return the files of the working directory `root` that Ray will send, with their sizes in bytes.
+
+    Raises:
+        UserError: a link leads out of `root`, or to a folder that it lies in. Ray would send what it leads to.
+    """
     found: dict[str, int] = {}
+    links: list[Path] = []
+    inside = root.resolve()
 
     def add(path: Path) -> None:
+        if path.is_symlink():
+            target = path.resolve()
+            if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
+                links.append(path)
+                return
         if path.is_file():
             found[path.relative_to(root).as_posix()] = path.stat().st_size
 
-    excludes = [packaging._get_excludes(root, get_runtime_env_default_excludes())]
+    excludes = [
+        packaging._get_excludes(root, get_runtime_env_default_excludes()),
+        lambda path: path.parent in links,  # such a folder is not even looked into
+    ]
     packaging._dir_travel(root, excludes, add, include_gitignore=True)
+    if links:
+        listed = (f"{link.relative_to(root).as_posix()} -> {os.readlink(link)}" for link in sorted(links))
+        raise UserError(
+            f"These links of {root} lead out of it, or to a folder that they lie in, and Ray would send what they lead "
+            f"to: {_listed(listed, len(links))}. List them in .rayignore (same syntax as .gitignore), or remove them."
+        )
     return found
 
 
@@ -71,7 +112,8 @@ def check_package(root: Path, entrypoint: Sequence[str], limit: int) -> None:
     """Check that `entrypoint` can run on a cluster in a copy of the folder `root` of at most `limit` MiB.
 
     Raises:
-        UserError: `root` is not the root of the project, the script will not be sent, or `root` is too large.
+        UserError: `root` is not the root of the project, the script will not be sent, a file looks like a credential, a
+            link leads out of `root`, or `root` is too large.
     """
     if not (root / "jobs").is_dir() or not (root / "maskformer").is_dir():
         raise UserError(
@@ -92,6 +134,13 @@ def check_package(root: Path, entrypoint: Sequence[str], limit: int) -> None:
             f"The script {script} will not be on the cluster: it {reason}. Use the path of a script relative to the "
             f"root of the project, such as jobs/train_r50.py."
         )
+    secret = sorted(name for name in files if may_be_secret(root, name))
+    if secret:
+        raise UserError(
+            f"Nothing was sent: these files look like credentials, and everyone who can use the cluster could read "
+            f"them: {_listed(secret, len(secret))}. List them in .rayignore (same syntax as .gitignore), or move them "
+            f"out of {root}. Jobs take credentials from the environment of the cluster."
+        )
     total = sum(files.values())
     if total > limit * MIB:
         raise UserError(
@@ -100,6 +149,33 @@ def check_package(root: Path, entrypoint: Sequence[str], limit: int) -> None:
             f"(same syntax as .gitignore); data and weights belong on s3:// or a shared file system."
         )
     logger.info("To send: %d files, %.1f MiB.", len(files), total / MIB)
+
+
+def _listed(names: Iterable[str], count: int) -> str:
+    shown = ", ".join(escaped(name, 200) for name in itertools.islice(names, _SHOWN))
+    return shown if count <= _SHOWN else f"{shown} and {count - _SHOWN} more"
+
+
+def may_be_secret(root: Path, name: str) -> bool:
+    """Return whether a file looks like a credential, by its name, the folder it is in, or its first bytes.
+
+    Args:
+        name: path below `root`, with slashes.
+    """
+    *folders, last = name.lower().split("/")
+    if any(folder in _SECRET_FOLDERS for folder in folders) or (
+        len(folders) > 1 and folders[-2:] == [".config", "gcloud"]
+    ):
+        return True
+    named, public = (any(fnmatch.fnmatchcase(last, each) for each in names) for names in (_SECRET_NAMES, _NOT_SECRET))
+    if named and not public:
+        return True
+    try:
+        with open_regular(root / name) as file:
+            start = file.read(_START)
+    except OSError:
+        return False  # Ray cannot read it either
+    return bool(_PRIVATE_KEY.match(start)) or (last.endswith(".json") and b'"private_key"' in start)
 
 
 def _largest(files: dict[str, int]) -> str:
@@ -121,11 +197,17 @@ def environment(settings: Sequence[str]) -> dict[str, str]:
     variables: dict[str, str] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise UserError(f"--env takes KEY=VALUE or the NAME of a variable that is set here, got {setting!r}.")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):  # the value may be a secret
+            raise UserError(f"--env takes KEY=VALUE or the NAME of a variable that is set here, got {name!r}.")
         if not equals and name not in os.environ:
             raise UserError(f"--env {name}: the variable is not set here. Set it, or use --env {name}=VALUE.")
         variables[name] = value if equals else os.environ[name]
+    if secret := [name for name in variables if name in SECRET_VARIABLES or _SECRET_VARIABLE.search(name)]:
+        logger.warning(
+            "Everyone who can open the cluster's dashboard or list its jobs can read the value of %s. Set it where the "
+            "cluster is started instead of by --env.",
+            ", ".join(secret),
+        )
     return variables
 
 
@@ -136,6 +218,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         UserError: no address is set, or the cluster does not answer, refuses the token or runs another version of Ray.
     """
     address = address or os.environ.get(ADDRESS, "") or os.environ.get("RAY_ADDRESS", "")
+    refuse_credentials(address, "The cluster's address")
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
         raise UserError(
             f"{f'Jobs cannot be submitted to {address}' if address else 'No address to submit jobs to is set'}. "
@@ -150,16 +233,35 @@ def connect(address: str | None) -> JobSubmissionClient:
             f"pip install 'ray[default]=={running}' here, or start the cluster with Ray {ray.__version__}."
         )
     os.environ[ADDRESS] = address  # Ray prefers the variable to the argument
-    return JobSubmissionClient(address)
+    return _Client(address)
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which does not follow redirects: it would send the token to another host too."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        answer = super()._do_request(method, endpoint, **{**options, "allow_redirects": False})
+        _refuse_redirect(self.get_address(), answer.status_code, answer.headers.get("Location"))
+        return answer
+
+
+def _refuse_redirect(address: str, status: int, location: str | None) -> None:
+    if target := redirect(status, location):
+        raise UserError(
+            f"The server at {address} answers with a redirect to {target}, which is not followed: the token would be "
+            f"sent there. If that is your cluster, give its address by --address or ${ADDRESS}."
+        )
 
 
 def _running_version(address: str) -> str:
     """Ask a cluster for its Ray version. Ray's client would wait forever for a server that does not answer."""
     try:
         request = urllib.request.Request(f"{address}/api/version", headers=get_auth_headers_if_auth_enabled({}))
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with open_url(request, timeout=10) as answer:
             return json.load(answer)["ray_version"]
     except (AuthenticationError, urllib.error.HTTPError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            _refuse_redirect(address, error.code, error.headers.get("Location"))
         if isinstance(error, urllib.error.HTTPError) and error.code not in (401, 403):
             raise _not_ray(address, f"HTTP status {error.code}") from error
         reasons = {401: "no token was sent (401)", 403: "the token that was sent is wrong (403)"}

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from pipelines.config.fields import facts
 from pipelines.config.train import TrainConfig
+from pipelines.credentials import refuse_credentials
 from pipelines.errors import UserError
 from pipelines.storage import absolute, is_remote
 
@@ -54,8 +55,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def or_environment(name: str, value: str) -> str:
-    """Return `value`, or if it is empty, the value of the environment variable of the field `name`."""
-    return value or os.environ.get(facts(name).variable, "")
+    """Return `value`, or if it is empty, the value of the environment variable of the field `name`.
+
+    Raises:
+        UserError: it is an address with a user name, password, key or token in it.
+    """
+    found = value or os.environ.get(facts(name).variable, "")
+    refuse_credentials(found, f"The address --{name}" if value else f"The address ${facts(name).variable},")
+    return found
 
 
 def tracking_uri(uri: str, storage: str) -> str:

@@ -4,11 +4,13 @@ import json
 from typing import Any
 
 from maskformer.analysis.summary import summarize
+from maskformer.untrusted import escaped
+from pipelines.credentials import redacted
 from pipelines.data.manifest import PackedSet
 from pipelines.errors import UserError
 from pipelines.evaluation.folder import IMAGES, METRICS, EvaluationFolder
 from pipelines.evaluation.result import EvaluationResult
-from pipelines.storage import Location, locate
+from pipelines.storage import Location, is_remote, locate
 
 
 def open_evaluation(uri: str, samples: PackedSet) -> EvaluationResult:
@@ -23,6 +25,12 @@ def open_evaluation(uri: str, samples: PackedSet) -> EvaluationResult:
     """
     location = locate(uri)
     folder, summary = _newest(location, samples)
+    predictions = str(summary["predictions"])
+    if is_remote(predictions) and not f"{predictions}/".startswith(f"{_bucket(folder)}/"):
+        raise UserError(
+            f"The evaluation {folder} names {escaped(redacted(predictions))} as its predictions, another place, "
+            f"which is not opened unasked. Evaluate those predictions again, with an --output in the same bucket."
+        )
     images = EvaluationFolder(folder).finished()
     if [image.image_id for image in images] != sorted(samples.image_ids.tolist()):
         raise UserError(f"{folder} does not have each image of {samples.uri} once. Evaluate again.")
@@ -30,9 +38,13 @@ def open_evaluation(uri: str, samples: PackedSet) -> EvaluationResult:
         analysis=summarize([image.analysis for image in images], samples.taxonomy),
         images=images,
         output=str(folder),
-        png_folder=summary["predictions"],
+        png_folder=predictions,
         data=samples,
     )
+
+
+def _bucket(folder: Location) -> str:
+    return "/".join(str(folder).split("/")[:3]) if is_remote(str(folder)) else str(folder)
 
 
 def _newest(location: Location, samples: PackedSet) -> tuple[Location, dict[str, Any]]:

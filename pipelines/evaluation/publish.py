@@ -18,6 +18,7 @@ from pipelines.cluster.session import session
 from pipelines.config.publish import PublishConfig, ThresholdConfig
 from pipelines.config.resolve import SQLITE, or_environment, own_database, tracking_uri
 from pipelines.config.serialize import to_dict
+from pipelines.credentials import redacted
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.errors import RunFailedError, UserError
 from pipelines.evaluation.compare import open_evaluation
@@ -35,7 +36,7 @@ from pipelines.tracking.model_card import model_card
 from pipelines.tracking.quality import Quality
 from pipelines.tracking.registry import Registered
 from pipelines.tracking.runs import TrackedRun
-from pipelines.tracking.server import connect, current, explained, one_line, require_reachable, without_password
+from pipelines.tracking.server import connect, current, explained, one_line, require_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +198,8 @@ def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
         logger.info(
             "The training was logged to %s; this evaluation is logged to %s. --tracking.uri or $MLFLOW_TRACKING_URI "
             "chooses another place.",
-            escaped(without_password(trained)),
-            without_password(uri),
+            escaped(redacted(trained)),
+            uri,
         )
     return uri
 
@@ -226,7 +227,7 @@ def _start(
     if training is not None:
         training.settle(locate(saved.folder))
     about = {**to_dict(config), "panoptic": to_dict(saved.config.panoptic)}
-    del about["tracking"]  # the address may have a password
+    del about["tracking"]  # MLflow itself
     run = TrackedRun.start(
         uri,
         experiment,

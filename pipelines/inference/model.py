@@ -49,17 +49,29 @@ def _registered(uri: str, tracking_uri: str) -> weights.Weights:
     from mlflow.artifacts import download_artifacts  # takes seconds, and few need it
     from mlflow.exceptions import MlflowException
 
-    from pipelines.tracking.server import connect, current, one_line, without_password
+    from pipelines.tracking.server import connect, current, one_line, require_artifacts
 
     connect(store)  # the client itself would try for minutes
     # MLflow looks aliases up in the registry of the process, whatever it is told.
     with tempfile.TemporaryDirectory() as scratch, current(store):
         try:
+            require_artifacts(store, _place(uri))
             folder = download_artifacts(uri, dst_path=scratch)
             found = checkpoint.read(folder)
+        except UserError:
+            raise
         except (MlflowException, ValueError, OSError) as error:
             raise UserError(
-                f"{uri} cannot be loaded from {without_password(store)}: {one_line(error).rstrip('.')}. Check name, "
-                f"alias and registry."
+                f"{uri} cannot be loaded from {store}: {one_line(error).rstrip('.')}. Check name, alias and registry."
             ) from error
     return weights.Weights(uri, found.tensors, found.about)
+
+
+def _place(uri: str) -> str:
+    """Return where the files of a registered model are, without contacting that place."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(uri)
+    while (inner := getattr(repository, "repo", None)) is not None:  # a version may name a logged model
+        repository = inner
+    return repository.artifact_uri

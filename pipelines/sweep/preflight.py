@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from maskformer.untrusted import escaped
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
+from pipelines.config.fields import facts
 from pipelines.config.overrides import differing_settings, flatten, with_overrides
 from pipelines.config.serialize import VERSION
 from pipelines.config.sweep import SweepConfig
@@ -118,6 +120,11 @@ def prepare_trials(prepared: PreparedRun, store: TrialStore) -> dict[str, Prepar
     runs: dict[str, PreparedRun] = {}
     checked_weights = set()
     for trial in store.open:
+        if fixed := [name for name in trial.values if facts(name).in_sweep != "varies"]:
+            raise UserError(
+                f"{store.folder}/trials.json gives {trial.name} values of {escaped(', '.join(fixed))}, which no sweep "
+                f"varies. Restore the file, or choose another --run.name."
+            )
         try:
             config = with_overrides(prepared.config, trial.values)
             config = replace(config, run=replace(config.run, name=trial.name, storage=str(store.folder)))

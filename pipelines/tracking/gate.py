@@ -19,7 +19,7 @@ from pipelines.tracking import history, quality
 from pipelines.tracking.alias import locked, require_alias_name, version_of
 from pipelines.tracking.evaluations import FOLDER, Evaluation, evaluations_of
 from pipelines.tracking.quality import Quality
-from pipelines.tracking.server import connect, explained, one_line
+from pipelines.tracking.server import connect, explained, one_line, require_artifacts
 
 _ABSENT = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
 
@@ -165,7 +165,10 @@ def _quality(client: MlflowClient, evaluation: Evaluation) -> Quality:
     path = f"{FOLDER}/{quality.FILE}"
     try:
         with tempfile.TemporaryDirectory() as scratch:
+            require_artifacts(client.tracking_uri, client.get_run(evaluation.run_id).info.artifact_uri or "")
             return Quality.from_bytes(Path(client.download_artifacts(evaluation.run_id, path, scratch)).read_bytes())
+    except UserError:
+        raise
     except (MlflowException, ValueError, OSError, zlib.error) as error:
         raise UserError(
             f"The MLflow run {evaluation.run_id} has no usable {path}: {escaped(one_line(error))}. Evaluate the "

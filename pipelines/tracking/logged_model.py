@@ -26,7 +26,9 @@ from pipelines.checkpoints.fingerprint import weights_hash
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.config.overrides import flatten
 from pipelines.config.serialize import to_dict
+from pipelines.credentials import without_secrets
 from pipelines.tracking.example import example_image
+from pipelines.tracking.server import require_artifacts
 
 _FINGERPRINT = "maskformer.fingerprint"
 _NAME, _TYPE = "panoptic", "maskformer"
@@ -43,8 +45,8 @@ def logged_model(client: MlflowClient, saved: SavedModel, experiment_id: str, so
     fingerprint = _fingerprint(saved)
     if found := _find(client, experiment_id, fingerprint):
         return found
-    params = flatten(to_dict(saved.config))
-    params.pop("tracking.uri")  # it may have a password
+    params = flatten(without_secrets(to_dict(saved.config)))
+    params.pop("tracking.uri")
     created = mlflow.create_external_model(
         name=_NAME,
         source_run_id=source_run,
@@ -68,6 +70,7 @@ def add_files(model: LoggedModel, saved: SavedModel) -> None:
     if model.tags.get(MLFLOW_MODEL_IS_EXTERNAL) != "true":
         return
     with tempfile.TemporaryDirectory() as scratch:
+        require_artifacts(mlflow.get_tracking_uri(), model.artifact_location or "")
         files = {"about": Path(scratch) / "about.json", "weights": Path(scratch) / "model.safetensors"}
         files["about"].write_text(json.dumps({**_about(saved), "checkpoint": saved.uri}, indent=1))
         safetensors.torch.save_file(saved.weights, files["weights"])

@@ -18,9 +18,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from pipelines.config.overrides import flatten
+from pipelines.credentials import redacted, without_secrets
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location
-from pipelines.tracking.server import explained, one_line, require_reachable, without_password
+from pipelines.tracking.server import explained, one_line, require_artifacts, require_reachable
 from pipelines.tracking.unsent import RunStatus, Sender, Unsent, is_rejection, read_points
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class TrackedRun:
             return cls(uri, _create(client, _experiment(client, uri, experiment), name, tags, config, parent))
 
     def __str__(self) -> str:
-        return f"MLflow run {self.run_id} at {without_password(self.uri)}"
+        return f"MLflow run {self.run_id} at {redacted(self.uri)}"
 
     @property
     def status(self) -> str:
@@ -118,8 +119,7 @@ class TrackedRun:
             return [(point.step, point.value) for point in self._client.get_metric_history(self.run_id, metric)]
         except MlflowException as error:
             raise UserError(
-                f"MLflow at {without_password(self.uri)} cannot return the metrics of run {self.run_id}: "
-                f"{one_line(error)}"
+                f"MLflow at {redacted(self.uri)} cannot return the metrics of run {self.run_id}: {one_line(error)}"
             ) from error
 
     def log_metrics(self, step: int, metrics: dict[str, float], folder: Location | None = None) -> None:
@@ -149,6 +149,7 @@ class TrackedRun:
         """
         try:
             require_reachable(self.uri)
+            require_artifacts(self.uri, self._client.get_run(self.run_id).info.artifact_uri or "")
             with tempfile.TemporaryDirectory() as scratch:
                 for name, content in files.items():
                     Path(scratch, name).write_bytes(content)
@@ -164,7 +165,7 @@ class TrackedRun:
             folder: the training run's folder. What is in it of unsent metrics is sent first. If MLflow is unreachable,
                 status and tags are kept there for `settle`.
         """
-        final = RunStatus(status, tags)
+        final = RunStatus(status, without_secrets(tags))
         try:
             require_reachable(self.uri)  # the client itself would retry for minutes
             if folder is not None:
@@ -254,8 +255,9 @@ def _keep(what: str, error: Exception, folder: Location, write: Callable[[Unsent
 def _create(
     client: MlflowClient, experiment_id: str, name: str, tags: dict[str, str], config: dict[str, Any], parent: str
 ) -> str:
-    about = {**_context(), **tags, **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
+    about = {**_context(), **without_secrets(tags), **({MLFLOW_PARENT_RUN_ID: parent} if parent else {})}
     run_id = client.create_run(experiment_id, run_name=name, tags=about).info.run_id
+    config = without_secrets(config)
     params = [Param(key, str(value)) for key, value in flatten(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
@@ -278,6 +280,7 @@ def _find(client: MlflowClient, experiment_id: str, folder: str) -> str | None:
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
+        require_artifacts(uri, found.artifact_location or "")
         return found.experiment_id
     # A server chooses the artifact location; with a SQLite file, the default would be the working directory.
     artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts") if uri.startswith("sqlite:") else None
@@ -292,6 +295,6 @@ def _rejections(uri: str) -> Iterator[None]:
         if error.get_http_status_code() in (401, 403):
             raise explained(uri, error) from None
         raise UserError(
-            f"MLflow at {without_password(uri)} rejected the run: {one_line(error)} Correct this, or choose "
+            f"MLflow at {redacted(uri)} rejected the run: {one_line(error)} Correct this, or choose "
             f"another --tracking.uri or --tracking.experiment."
         ) from error

@@ -2,32 +2,31 @@
 
 import contextlib
 import os
-import re
 import sqlite3
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from maskformer.untrusted import escaped
+from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
 from pipelines.errors import UserError
 
-_USER = re.compile(r"://[^/?#\s@]+@")
 _DENIED = (401, 403)
+_STORES = ("", "file", "s3", "gs", "wasbs", "abfss")
+"""Schemes of places of artifacts whose hosts the environment chooses."""
 
-
-def without_password(text: str) -> str:
-    """Return `text` without the user names and passwords of the URIs in it."""
-    return _USER.sub("://", text)
+# MLflow's client reads it at each request. It would send what it sends to the server to wherever that redirects.
+os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line of at most 500 characters, without passwords."""
-    return escaped(without_password(" ".join(str(error).split()))[:500])
+    """Return the message of an error in one line of at most 500 characters, without secrets."""
+    return escaped(redacted(" ".join(str(error).split()))[:500])
 
 
 def require_reachable(uri: str, *, create: bool = False) -> None:
@@ -37,9 +36,11 @@ def require_reachable(uri: str, *, create: bool = False) -> None:
         create: whether a database may be created. MLflow would create one wherever a mistyped URI leads.
 
     Raises:
-        UserError: the server does not answer or refuses, or the database does not exist or cannot be written.
+        UserError: the server does not answer, refuses or redirects, the database does not exist or cannot be written,
+            or the address has a user name or password in it.
     """
-    if uri.startswith(("http://", "https://")):
+    refuse_credentials(uri, "The address of MLflow")
+    if uri.lower().startswith(("http://", "https://")):
         _require_server(uri)
     elif uri.startswith("sqlite:///"):
         _require_database(Path(uri.removeprefix("sqlite:///")), create)
@@ -73,8 +74,34 @@ def explained(uri: str, error: MlflowException) -> UserError:
     if error.get_http_status_code() in _DENIED:
         return _denied(uri, error.get_http_status_code())
     return UserError(
-        f"MLflow at {without_password(uri)} rejected the request: {one_line(error)} Correct this, or choose another "
-        f"--tracking.uri."
+        f"MLflow at {uri} rejected the request: {one_line(error)} Correct this, or choose another --tracking.uri."
+    )
+
+
+def require_artifacts(uri: str, location: str) -> None:
+    """Refuse artifacts on another host than the server: MLflow's client would send it user name and password.
+
+    Whoever can write to a database or a registry chooses the location. Buckets are allowed: their keys sign requests to
+    the endpoint of the environment only. A SQLite file may have come with a checkpoint, so it names no host at all.
+
+    Args:
+        uri: of the server or database.
+        location: of artifacts, as it says.
+
+    Raises:
+        UserError: they are on another host.
+    """
+    server, found = urlsplit(uri), urlsplit(location)
+    if found.scheme in _STORES or (
+        found.netloc in ("", server.netloc)
+        if found.scheme in ("mlflow-artifacts", "http", "https")
+        else not uri.startswith("sqlite")
+    ):
+        return
+    raise UserError(
+        f"MLflow at {uri} names {escaped(redacted(location), 200)} as the place of artifacts, another host. It is not "
+        f"contacted: it would get the user name and password of this one. Use a server or database whose "
+        f"artifacts are on the same host, in a bucket or in a local folder."
     )
 
 
@@ -91,15 +118,16 @@ def current(uri: str) -> Iterator[None]:
 
 
 def _require_server(uri: str) -> None:
-    if _USER.search(uri):
-        raise UserError(
-            f"The address of the MLflow server {without_password(uri)} has a user name or password in it, which would "
-            f"be stored and shown. Set $MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD instead."
-        )
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
+        with open_url(f"{uri.rstrip('/')}/health", timeout=5):
             return
     except urllib.error.HTTPError as error:
+        if target := redirect(error.code, error.headers.get("Location")):
+            raise UserError(
+                f"The MLflow server {uri} answers with a redirect to {target}, which is not followed: user name and "
+                f"password would go there too. If that is your server, give its address by --tracking.uri or "
+                f"$MLFLOW_TRACKING_URI."
+            ) from None
         if error.code in _DENIED:
             # A proxy may want a password even here. MLflow's client sends it, and `connect` sees whether it is right.
             if _has_credentials():
@@ -115,7 +143,7 @@ def _has_credentials() -> bool:
 
 
 def _silent(uri: str, error: Exception) -> UserError:
-    reason = getattr(error, "reason", error)
+    reason = redacted(str(getattr(error, "reason", error)))
     return UserError(
         f"The MLflow server {uri} does not answer: {reason}. Start it, correct --tracking.uri or "
         f"$MLFLOW_TRACKING_URI, or unset both to use a SQLite file in the storage folder."
@@ -128,7 +156,7 @@ def _denied(uri: str, status: int) -> UserError:
         if status == 401
         else "Ask its administrator for the permission, or set the $MLFLOW_TRACKING_USERNAME of a user who has it"
     )
-    return UserError(f"The MLflow server {without_password(uri)} refuses access (HTTP status {status}). {remedy}.")
+    return UserError(f"The MLflow server {uri} refuses access (HTTP status {status}). {remedy}.")
 
 
 def _require_database(path: Path, create: bool) -> None:

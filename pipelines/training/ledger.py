@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ray.exceptions import ActorUnavailableError
 
+from pipelines.credentials import without_secrets
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 
@@ -68,7 +69,7 @@ class Ledger:
 
         Only an event that ends an attempt waits a while for the storage, since workers run after a start.
         """
-        self.events.append({"event": event, "time": round(time.time(), 3), **facts})
+        self.events.append({"event": event, "time": round(time.time(), 3), **without_secrets(facts)})
         if self._lost.is_set():
             return
         # Rewritten whole: an object store cannot append, and a run has few events.

@@ -33,6 +33,7 @@ from ray._private import state  # the table of actors; Ray's public one needs th
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.credentials import redacted
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location
 
@@ -414,7 +415,7 @@ def _write(file: Location, text: str) -> bool:
 
     def work() -> None:
         try:
-            file.write_text(text)
+            file.write_text(redacted(text))
             problem.clear()
         except (UserError, StorageUnavailableError, OSError) as error:
             problem[0] = str(error)

@@ -50,7 +50,8 @@ def _build(folder: Path, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for image in kustomization.get("images", []):
         for container in (c for found in objects for c in containers(found)):
             if container["image"].partition(":")[0] == image["name"]:
-                container["image"] = f"{image['newName']}:{image['newTag']}"
+                digest = f"@{image['digest']}" if "digest" in image else ""
+                container["image"] = f"{image['newName']}:{image['newTag']}{digest}"
     for replacement in kustomization.get("replacements", []):
         [source] = _of_kind(objects, replacement["source"]["kind"])
         value = at(source, replacement["source"]["fieldPath"].split("."))

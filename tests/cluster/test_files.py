@@ -1,14 +1,19 @@
 """The cluster files against their readers' schemas, against our recipes and jobs, and against each other."""
 
+import base64
 import copy
+import hashlib
+import ipaddress
 import json
 import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from pipelines.config.recipes import R50_MMDET, SWIN_L_MMDET
 from pipelines.config.train import TrainConfig
 from tests.cluster.kustomize import containers, documents, pods, render
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -228,8 +234,9 @@ def test_shared_memory_holds_the_object_store(folder: str) -> None:
     spec = cluster_spec(folder)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
-        [container], [volume] = pod["containers"], pod["volumes"]
-        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        [container] = pod["containers"]
+        [mount] = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        [volume] = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
         assert volume["emptyDir"]["medium"] == "Memory"
         shared = size(volume["emptyDir"]["sizeLimit"])
         assert int(group["rayStartParams"]["object-store-memory"]) < shared
@@ -252,7 +259,8 @@ def test_versions_agree() -> None:
     assert ray.__version__ == CONSTRAINTS["ray"]
     for folder in RECIPES:
         assert cluster_spec(folder)["rayVersion"] == CONSTRAINTS["ray"]
-    images = {container["image"] for _, pod in every_pod() for container in pod["containers"]} - {"redis:7.4.0"}
+    images = {container["image"] for _, pod in every_pod() for container in pod["containers"]}
+    images = {image for image in images if not image.startswith("redis:")}
     images |= {config["docker"]["image"] for config in RAY_UP.values()}
     for file in ("README.md", "Dockerfile"):
         images |= set(re.findall(r"\S+/maskformer-ray:\S+", (CLUSTER / file).read_text()))
@@ -263,8 +271,40 @@ def test_versions_agree() -> None:
 def test_no_image_floats() -> None:
     for file in CLUSTER.rglob("*"):
         assert file.is_dir() or ":latest" not in file.read_text(), file
-    for image in re.findall(r"^FROM (\S+)", (CLUSTER / "Dockerfile").read_text(), re.M):
-        assert re.search(r":\d+\.\d+", image), image
+    # Others' images stand by version and digest. Our own has no digest before it is pushed: see the README's commands.
+    named = re.compile(r"[\w./-]+:\d[\w.-]*@sha256:[0-9a-f]{64}")
+    stages = set()
+    for image, stage in re.findall(r"^FROM (\S+)(?: AS (\w+))?", (CLUSTER / "Dockerfile").read_text(), re.M):
+        assert image in stages or named.fullmatch(image), image
+        stages.add(stage)
+    for label, pod in every_pod():
+        for container in pod["containers"]:
+            image = container["image"]
+            assert named.fullmatch(image) or image == f"registry.example.com/maskformer-ray:{TAG}", label
+
+
+def test_redis_is_a_release_without_known_holes() -> None:
+    [container] = containers(service("redis", "StatefulSet"))
+    release = tuple(map(int, re.findall(r"^redis:(\d+)\.(\d+)\.(\d+)@", container["image"])[0]))
+    assert release >= (8, 10, 2)  # the security release of September 2026
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_the_readmes_commands_write_our_images_digest_everywhere(tmp_path: Path) -> None:
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    [commands] = re.findall(r"^digest=.*\n((?:sed .*\n)+)", README, re.M)
+    for letter in "ab":  # the second time it replaces the first digest
+        digest = "sha256:" + 64 * letter
+        subprocess.run(["bash", "-euc", f"digest={digest}\n{commands}"], cwd=tmp_path, check=True)
+        ours = set()
+        for folder in FOLDERS:
+            place = tmp_path / "cluster" / "kubernetes" / folder
+            shown = subprocess.run(["kubectl", "kustomize", place], capture_output=True, check=True, text=True).stdout
+            ours |= set(re.findall(r"image: (\S+maskformer-ray\S*)", shown))
+            assert {c["image"] for c in containers(render(place))} == set(re.findall(r"image: (\S+)", shown))
+        for name in RAY_UP:
+            ours |= set(re.findall(r"image: (\S+)", (tmp_path / "cluster" / "ray-up" / f"{name}.yaml").read_text()))
+        assert ours == {f"registry.example.com/maskformer-ray:{TAG}@{digest}"}
 
 
 def test_the_dockerfile_builds_this_project_as_tested_and_runs_as_nobody() -> None:
@@ -272,7 +312,7 @@ def test_the_dockerfile_builds_this_project_as_tested_and_runs_as_nobody() -> No
     assert sum(line.startswith("FROM") for line in lines) > 1
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
     assert lines[-1].startswith("USER")
-    assert any("-c constraints.txt ." in line for line in lines)
+    assert any("-c constraints-all.txt ." in line for line in lines)
     assert "index" not in " ".join(lines).replace("--no-index", "")
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     admitted = {line[1:] for line in ignored if line.startswith("!")}
@@ -350,7 +390,8 @@ def test_mlflow_is_where_the_jobs_look_and_answers_to_that_name() -> None:
     assert f"--port {port}" in line
     assert f"--allowed-hosts={host}:{port}," in line
     for variable in container["env"]:
-        assert variable["valueFrom"]["configMapKeyRef"]["key"] in environment("kubernetes")
+        if "valueFrom" in variable:
+            assert variable["valueFrom"]["configMapKeyRef"]["key"] in environment("kubernetes")
 
 
 @pytest.mark.parametrize("folder", RECIPES)
@@ -359,15 +400,62 @@ def test_the_head_outlives_its_pod(folder: str) -> None:
     name, port = options["redisAddress"].split(":")
     assert service(name, "Service")["spec"]["ports"][0]["port"] == int(port)
     [container] = containers(service(name, "StatefulSet"))
-    assert container["env"][0]["valueFrom"] == options["redisPassword"]["valueFrom"]
-    assert "--requirepass" in container["args"]
+    secret = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    [mount] = [mount for mount in container["volumeMounts"] if mount["name"] == "password"]
+    [pod] = pods(service(name, "StatefulSet"))
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "password"]
+    assert volume["secret"]["secretName"] == secret["name"]
+    assert f"sha256sum < {mount['mountPath']}/{secret['key']}" in container["args"][0]
 
 
 def test_every_secret_and_config_map_is_made_by_somebody() -> None:
-    made = set(re.findall(r"kubectl create secret generic (?:-n \w+ )?([\w-]+)", README)) | {"maskformer"}
+    made = {("secret", name) for name in re.findall(r"kubectl create secret generic (?:-n \w+ )?([\w-]+)", README)}
+    made |= {("configMap", item["metadata"]["name"]) for item in rendered("services") if item["kind"] == "ConfigMap"}
     text = json.dumps([rendered(folder) for folder in FOLDERS])
-    wanted = set(re.findall(r'"(?:secretRef|configMapRef|secretKeyRef|configMapKeyRef)": {"name": "([\w-]+)"', text))
+    wanted = set(re.findall(r'"(secret|configMap)(?:Ref|KeyRef)": {"name": "([\w-]+)"', text))
+    wanted |= {("secret", name) for name in re.findall(r'"secretName": "([\w-]+)"', text)}
+    wanted |= {("configMap", name) for name in re.findall(r'"configMap": {"name": "([\w-]+)"', text)}
     assert wanted == made
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_the_readmes_commands_make_the_secrets_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "maskformer-s3").mkdir()
+    for name in ("training", "mlflow"):
+        keys = f"AWS_ACCESS_KEY_ID=id-{name}\nAWS_SECRET_ACCESS_KEY=key-{name}\n"
+        (tmp_path / "maskformer-s3" / name).write_text(keys)
+    found = re.findall(r"^(password\(\) .*|kubectl create secret (?:.*\\\n)*.*)$", README, re.M)
+    script = 'set -eu\nkubectl() { command kubectl "$@" --dry-run=client -o yaml; echo ---; }\n' + "\n".join(found)
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    shown = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=True, text=True).stdout
+    secrets = {item["metadata"]["name"]: item for item in yaml.safe_load_all(shown) if item}
+    assert {item["metadata"]["namespace"] for item in secrets.values()} == {"maskformer"}
+    assert {name: set(item["data"]) for name, item in secrets.items()} == {
+        "maskformer-redis": {"password"},
+        "maskformer-mlflow-admin": {"MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"},
+        "maskformer-mlflow": {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
+        "maskformer-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+        "maskformer-mlflow-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+    }
+    values = [value for item in secrets.values() for value in item["data"].values()]
+    assert len(set(values)) == len(values)  # each purpose has its own
+    password = base64.b64decode(secrets["maskformer-redis"]["data"]["password"]).decode()
+    assert re.fullmatch(r"[0-9a-f]{48}", password)
+
+
+def test_each_pod_gets_the_secrets_of_its_purpose_only() -> None:
+    read: dict[str, set[str]] = {}
+    for label, pod in every_pod():
+        kind = label.split(": ")[1]
+        read.setdefault(kind, set()).update(re.findall(r"'(?:secretRef': {'name|secretName)': '([\w-]+)'", str(pod)))
+    ray_nodes = {"maskformer-s3", "maskformer-mlflow"}
+    assert read == {
+        "ray-head": ray_nodes,  # KubeRay adds Redis's password
+        "ray-worker": ray_nodes,
+        "submitter": set(),
+        "mlflow": {"maskformer-mlflow-admin", "maskformer-mlflow-s3"},
+        "redis": {"maskformer-redis"},
+    }
 
 
 def test_every_pool_of_nodes_is_explained_and_heads_are_not_spot() -> None:
@@ -401,12 +489,33 @@ def test_pods_have_no_rights_that_they_do_not_need() -> None:
             assert context["allowPrivilegeEscalation"] is False, label
             assert context["capabilities"] == {"drop": ["ALL"]}, label
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}, label
+            assert context["readOnlyRootFilesystem"] is True, label
             assert "privileged" not in context, label
+            assert {"cpu", "memory"} <= container["resources"]["limits"].keys(), label
+            assert container["resources"]["requests"] == container["resources"]["limits"], label
+        for volume in pod.get("volumes", []):
+            if "emptyDir" in volume:
+                assert size(volume["emptyDir"]["sizeLimit"]) <= 100 * 2**30, label
     for config in RAY_UP.values():
         assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(config["docker"]["run_options"])
         assert "--privileged" not in config["docker"]["run_options"]
     for machine in RAY_UP["aws"]["available_node_types"].values():
-        assert machine["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+        metadata = machine["node_config"]["MetadataOptions"]
+        assert metadata == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+    labels = next(item for item in rendered("services") if item["kind"] == "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_what_our_programs_write_is_on_a_volume() -> None:
+    for label, pod in every_pod():
+        for container in pod["containers"]:
+            writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+            if container["name"] == "redis":
+                assert writable == {"/data"}, label
+            else:
+                assert {"/tmp", "/home/ray"} <= writable <= {"/tmp", "/home/ray", "/dev/shm", "/mlflow"}, label
+    # The home of the user that the image runs as.
+    assert "useradd --create-home --uid 1000 --shell /bin/bash ray" in (CLUSTER / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("folder", RECIPES)
@@ -449,7 +558,267 @@ def test_there_is_no_secret_in_any_file() -> None:
         assert not [variable for variable in environment(name) if re.search(secret, variable)]
 
 
+# ---- the network
+
+
+NAMESPACE = {"kubernetes.io/metadata.name": "maskformer"}
+PEERS = {
+    **{app: ({"app": app}, NAMESPACE) for app in ("ray-head", "ray-worker", "submitter", "mlflow", "redis", "another")},
+    "operator": (
+        {"app.kubernetes.io/name": "kuberay-operator"},
+        {"kubernetes.io/metadata.name": "kuberay-operator"},
+    ),
+    "impostor": ({"app.kubernetes.io/name": "kuberay-operator"}, {"kubernetes.io/metadata.name": "default"}),
+    "names": ({"k8s-app": "kube-dns"}, {"kubernetes.io/metadata.name": "kube-system"}),
+    "stranger": ({"app": "ray-worker"}, {"kubernetes.io/metadata.name": "default"}),
+}
+"""The labels of pods and of their namespaces. `another` is in our namespace and nobody's."""
+
+
+@cache
+def policies() -> list[dict[str, Any]]:
+    return [item["spec"] for item in rendered("services") if item["kind"] == "NetworkPolicy"]
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Decide as Kubernetes does whether a label selector selects these labels."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def admits(direction: str, pod: str, peer: str, port: int, protocol: str = "TCP") -> bool:
+    """Decide as Kubernetes does whether a pod of ours may be reached by, or may reach, a peer or an address."""
+    mine = [
+        policy
+        for policy in policies()
+        if selects(policy["podSelector"], PEERS[pod][0]) and direction.capitalize() in policy["policyTypes"]
+    ]
+    if not mine:
+        return True  # a pod that no policy selects is open
+    for rule in (rule for policy in mine for rule in policy.get(direction, [])):
+        ports = rule.get("ports")
+        if ports and {"protocol": protocol, "port": port} not in ports:
+            continue
+        for place in rule["from" if direction == "ingress" else "to"]:
+            if "ipBlock" in place:
+                if peer in PEERS:
+                    continue
+                address, block = ipaddress.ip_address(peer), place["ipBlock"]
+                inside = address in ipaddress.ip_network(block["cidr"])
+                if inside and not any(address in ipaddress.ip_network(part) for part in block.get("except", [])):
+                    return True
+            elif peer in PEERS:
+                labels, namespace = PEERS[peer]
+                here = (
+                    selects(place["namespaceSelector"], namespace)
+                    if "namespaceSelector" in place
+                    else (namespace == NAMESPACE)
+                )
+                if here and selects(place.get("podSelector", {}), labels):
+                    return True
+    return False
+
+
+def test_kubernetes_knows_every_field_of_the_policies(definitions: dict[str, Any]) -> None:
+    # KubeRay's definitions hold Kubernetes' own of a policy's rules.
+    rules = definitions["RayCluster"]["properties"]["spec"]["properties"]["networkPolicy"]["properties"]["head"]
+    peer = rules["properties"]["ingressRules"]["items"]["properties"]["from"]["items"]
+    schema = {
+        "type": "object",
+        "properties": {
+            "podSelector": peer["properties"]["podSelector"],
+            "policyTypes": {"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
+            "ingress": rules["properties"]["ingressRules"],
+            "egress": rules["properties"]["egressRules"],
+        },
+        "required": ["podSelector", "policyTypes"],
+        "additionalProperties": False,
+    }
+    validator = jsonschema.Draft202012Validator(schema)
+    assert len(policies()) == 8
+    # Pods of any label can do nothing that no other policy allows.
+    assert policies().count({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}) == 1
+    for policy in policies():
+        assert not list(validator.iter_errors(policy))
+    wrong = copy.deepcopy(policies()[1])
+    wrong["ingress"][0]["form"] = wrong["ingress"][0].pop("from")
+    wrong["podSelector"]["matchlabels"] = {}
+    assert len(list(validator.iter_errors(wrong))) == 2
+    for item in rendered("services"):
+        if item["kind"] == "NetworkPolicy":
+            assert item["apiVersion"] == "networking.k8s.io/v1"
+            assert set(item) == {"apiVersion", "kind", "metadata", "spec"}
+
+
+def test_the_policies_are_for_pods_that_exist() -> None:
+    labels = {template["metadata"]["labels"]["app"] for folder in FOLDERS for template in templates(rendered(folder))}
+    assert labels == {"ray-head", "ray-worker", "submitter", "mlflow", "redis"}
+    for item in rendered("services"):
+        if item["kind"] == "Service":  # each leads to pods that accept somebody, at this port
+            [app], [port] = item["spec"]["selector"].values(), item["spec"]["ports"]
+            assert app in labels
+            assert any(admits("ingress", app, peer, port["port"]) for peer in PEERS)
+
+
+def templates(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every template of a pod below `node`."""
+    if isinstance(node, dict):
+        if "containers" in node.get("spec", {}):
+            yield node
+        for value in node.values():
+            yield from templates(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from templates(value)
+
+
+OPEN = {
+    ("submitter", "ray-head", 8265),
+    ("operator", "ray-head", 8265),
+    ("ray-head", "mlflow", 5000),
+    ("ray-worker", "mlflow", 5000),
+    ("ray-head", "redis", 6379),
+    *(
+        (one, other, port)
+        for one in ("ray-head", "ray-worker")
+        for other in ("ray-head", "ray-worker")
+        for port in (5000, 6379, 8265, 10001, 41234)
+    ),
+}
+"""Who may reach whom, and at which port."""
+
+
+def test_pods_reach_whom_they_need_and_nobody_else() -> None:
+    ours = ["ray-head", "ray-worker", "submitter", "mlflow", "redis", "another"]
+    for source in PEERS:
+        for target in ours:
+            for port in (5000, 6379, 8265, 10001, 41234):
+                received = admits("ingress", target, source, port)
+                assert received == ((source, target, port) in OPEN), (source, target, port)
+                if source in ours:
+                    assert admits("egress", source, target, port) == received, (source, target, port)
+
+
+@pytest.mark.parametrize(
+    ("app", "names", "bucket"),
+    [
+        ("ray-head", True, True),
+        ("ray-worker", True, True),
+        ("mlflow", True, True),
+        ("submitter", True, False),
+        ("redis", False, False),
+        ("another", False, False),
+    ],
+)
+def test_pods_reach_names_and_the_bucket_and_no_metadata(app: str, names: bool, bucket: bool) -> None:
+    for protocol in ("UDP", "TCP"):
+        assert admits("egress", app, "names", 53, protocol) == names
+        assert not admits("egress", app, "8.8.8.8", 53, protocol)
+    assert admits("egress", app, "52.218.0.1", 443) == bucket
+    assert not admits("egress", app, "52.218.0.1", 80)
+    for address in ("169.254.169.254", "169.254.170.2", "10.96.0.1", "172.20.0.1", "192.168.1.1", "100.64.0.1"):
+        for port in (80, 443):
+            assert not admits("egress", app, address, port), address
+
+
+# ---- Redis
+
+
+def redis_command(folder: Path, password: str, port: int) -> list[str]:
+    """Return the StatefulSet's command, with its folders below `folder`."""
+    [container] = containers(service("redis", "StatefulSet"))
+    [config] = [
+        item["data"]["redis.conf"]
+        for item in rendered("services")
+        if item["metadata"]["name"] == "redis" and item["kind"] == "ConfigMap"
+    ]
+    for name in ("config", "password", "data"):
+        (folder / name).mkdir()
+    (folder / "password" / "password").write_text(password)
+    config = config.replace("port 6379", f"port {port}").replace("bind * -::*", "bind 127.0.0.1")
+    (folder / "config" / "redis.conf").write_text(config.replace("dir /data", f"dir {folder}/data"))
+    script = container["args"][0].replace("/config/", f"{folder}/config/").replace("/password/", f"{folder}/password/")
+    return [*container["command"], script]
+
+
+def test_redis_gets_no_password_on_its_command_line(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    server = tmp_path / "bin" / "redis-server"
+    server.write_text('#!/bin/sh\necho "arguments: $*"\ncat\n')
+    server.chmod(0o755)
+    command = redis_command(tmp_path, "the password", 6379)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout.splitlines()
+    assert shown[0] == "arguments: -"
+    assert "the password" not in "".join(shown)
+    assert shown[-1].startswith(f"user default on #{hashlib.sha256(b'the password').hexdigest()} ")
+    [limit] = re.findall(r"^maxmemory (\d+)mb$", "\n".join(shown), re.M)
+    [container] = containers(service("redis", "StatefulSet"))
+    assert int(limit) * 2**20 < size(container["resources"]["limits"]["memory"]) / 2
+    assert "protected-mode yes" in shown
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
+def test_redis_serves_what_ray_asks_and_nothing_dangerous(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def ask(*words: str, password: str = "the password") -> str:
+        command = ["redis-cli", "-p", str(port), *words]
+        environment = {**os.environ, "REDISCLI_AUTH": password}
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
+
+    with subprocess.Popen(redis_command(tmp_path, "the password", port), stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: ask("PING") == "PONG", "answer of Redis", seconds=30)
+            assert ask("HSET", "table", "key", "value") == "1"
+            assert ask("HGET", "table", "key") == "value"
+            assert ask("INCRBY", "counter", "2") == "2"
+            assert "redis_version" in ask("INFO", "server")
+            assert ask("DEL", "table") == "1"
+            assert "NOAUTH" in ask("GET", "counter", password="")
+            assert "NOAUTH" in ask("GET", "counter", password="wrong")
+            for words in (
+                ["CONFIG", "GET", "*"],
+                ["FLUSHALL"],
+                ["EVAL", "return 1", "0"],
+                ["SCRIPT", "LOAD", "return 1"],
+                ["KEYS", "*"],
+                ["ACL", "LIST"],
+                ["SHUTDOWN"],
+                ["REPLICAOF", "10.0.0.1", "6379"],
+                ["PUBLISH", "a", "b"],
+                ["RESTORE", "a", "0", "b"],
+            ):
+                assert ask(*words).startswith("NOPERM"), words
+            line = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            assert b"redis-server" in line
+            assert b"password" not in line
+        finally:
+            process.kill()
+
+
 # ---- told truly
+
+
+def test_the_readmes_own_mlflow_server_is_closed_too() -> None:
+    [command] = re.findall(r"^docker run ((?:.*\\\n)*.*)$", README, re.M)
+    words = command.replace("\\\n", " ").split()
+    assert words[words.index("--publish") + 1] == "YOUR-PRIVATE-ADDRESS:5000:5000"
+    assert {"--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--app-name=basic-auth"} <= set(words)
+    assert not [word for word in words if re.search(r"PASSWORD|SECRET|ACCESS_KEY", word)]
+    for own in re.findall(r"--publish (\S+)", README):
+        assert own.count(":") == 2  # an address, and not all
+    [container] = containers(service("mlflow", "Deployment"))
+    shared = {word for word in container["command"] + container["args"] if word.startswith("--")} - {
+        word for word in container["args"] if "allowed-hosts" in word or "artifacts-destination" in word
+    }
+    assert shared <= set(words)
 
 
 def test_the_readme_names_every_file_and_only_files_that_exist() -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,105 @@ def test_too_much_to_send_is_refused_with_the_largest(refused: Refused, project:
     assert "No address to submit jobs to is set." in refused("--max-mib", "1", "--", *TRAIN)
 
 
+SECRET_FILES = (
+    ".env", ".env.production", "deploy/prod.env", ".netrc", ".aws/config", ".kube/config", ".ssh/known_hosts", ".npmrc",
+    ".docker/config.json", ".git-credentials", ".pypirc", ".pgpass", "keys/id_rsa", "id_ed25519", "tls/server.pem",
+    "TLS/Server.KEY", "a.p12", "a.pfx", "a.jks", ".ray/auth_token", "github-token.txt", "credentials",
+    "my-credentials.json", "client_secret_1.json", "my-service-account.json", "secrets.yaml", "kubeconfig",
+    ".config/gcloud/x",
+)  # fmt: skip
+OTHER_FILES = (
+    ".env.example", "tokenizer.json", "jobs/token.py", "environment.yaml", "keys.py", "monkey.txt", "id_rsa.pub",
+    "settings.json", "docs-of-mine/secrets.md", "token_classes.txt",
+)  # fmt: skip
+
+
+def put(root: Path, names: Sequence[str], content: str = "{}") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_a_file_that_looks_like_a_credential_is_not_sent(refused: Refused, project: Path, name: str) -> None:
+    (project / ".rayignore").write_text("/mlflow.db\n")
+    put(project, [name])
+    complaint = refused("--", *TRAIN)
+    assert "Nothing was sent: these files look like credentials" in complaint
+    assert f"could read them: {name}. List them in .rayignore" in complaint
+    (project / ".rayignore").write_text(f"/mlflow.db\n/{name}\n")
+    assert "No address to submit jobs to is set." in refused("--", *TRAIN)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "-----BEGIN PRIVATE KEY-----\nMIIE",
+        "\n-----BEGIN OPENSSH PRIVATE KEY-----\nb3Bl",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "PuTTY-User-Key-File-3: x",
+    ],
+)
+def test_a_private_key_is_recognized_by_its_content(refused: Refused, project: Path, content: str) -> None:
+    put(project, ["notes.md"], content)
+    assert "could read them: notes.md. List" in refused("--", *TRAIN)
+    put(project, ["notes.md"], f"Keys begin with {content}")
+    put(project, ["account.json"], '{"type": "service_account", "private_key": "x"}')
+    assert "could read them: account.json. List" in refused("--", *TRAIN)
+
+
+def test_all_such_files_are_listed_up_to_a_number(refused: Refused, project: Path) -> None:
+    put(project, [f"{number:02d}.pem" for number in range(25)])
+    complaint = refused("--", *TRAIN)
+    assert all(f"{number:02d}.pem" in complaint for number in range(10))
+    assert "09.pem and 15 more. List" in complaint
+
+
+def test_files_with_ordinary_names_are_sent(refused: Refused, project: Path) -> None:
+    put(project, OTHER_FILES)
+    assert set(OTHER_FILES) <= submission.sent_files(project).keys()
+    assert "No address to submit jobs to is set." in refused("--", *TRAIN)
+
+
+def test_links_out_of_the_folder_are_refused(refused: Refused, project: Path, tmp_path: Path) -> None:
+    put(tmp_path / "home", ["notes.txt", "deep/er/x.txt"])
+    (project / "data").symlink_to(tmp_path / "home")
+    (project / "jobs" / "notes.txt").symlink_to("../../home/notes.txt")
+    (project / "again").symlink_to(".")
+    complaint = refused("--", *TRAIN)
+    for link in (f"again -> ., data -> {tmp_path}/home", "jobs/notes.txt -> ../../home/notes.txt"):
+        assert link in complaint
+    (project / ".rayignore").write_text("/data\n/jobs/notes.txt\n/again\n/mlflow.db\n")
+    (project / "alias.py").symlink_to("jobs/train_r50.py")
+    (project / "aliases").symlink_to("pipelines")
+    assert {"alias.py", "aliases/data/pack.py"} <= submission.sent_files(project).keys()
+    assert "No address to submit jobs to is set." in refused("--", *TRAIN)
+
+
+def test_a_command_or_address_with_a_password_is_refused(refused: Refused) -> None:
+    for arguments in (
+        ("--address", "http://me:secret@127.0.0.1:9", "--", *TRAIN),
+        ("--", *TRAIN, "--tracking.uri", "http://me:secret@127.0.0.1:9"),
+    ):
+        complaint = refused(*arguments)
+        assert "http://127.0.0.1:9 has a user name, password, key or token in it" in complaint
+        assert "RAY_AUTH_TOKEN" in complaint
+        assert "secret" not in complaint
+
+
+def test_variables_that_others_can_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    submission.environment(["AWS_SECRET_ACCESS_KEY=abc", "HF_TOKEN=def", "DB_PASSWORD=ghi", "BATCH=4"])
+    [message] = caplog.messages
+    assert "can read the value of AWS_SECRET_ACCESS_KEY, HF_TOKEN, DB_PASSWORD." in message
+    assert not [value for value in ("abc", "def", "ghi", "BATCH") if value in message]
+
+
 def test_variables_are_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "a=b")
     assert submission.environment(["HERE", "THERE=c=d", "EMPTY="]) == {"HERE": "a=b", "THERE": "c=d", "EMPTY": ""}
 
 
-@pytest.mark.parametrize(("setting", "complaint"), [("ABSENT", "--env ABSENT=VALUE"), ("a b=1", "got 'a b=1'")])
+@pytest.mark.parametrize(("setting", "complaint"), [("ABSENT", "--env ABSENT=VALUE"), ("a b=1", "got 'a b'.")])
 def test_variables_that_mean_nothing_are_refused(refused: Refused, setting: str, complaint: str) -> None:
     assert complaint in refused("--env", setting, "--", *TRAIN)
 

@@ -439,7 +439,9 @@ def test_what_waiting_cannot_change_is_said_at_once(
         requests = answer(status, code)
         with pytest.raises(UserError, match=f"^Cannot [a-z]* {bucket}/a: .*AWS_ACCESS_KEY_ID"):
             call(locate(f"{bucket}/a"))
-        assert len(requests) == 1
+        unsigned = f"/{bucket.removeprefix('s3://')}"  # the question whether the endpoint redirects, asked at most once
+        assert len(requests) - requests.count(unsigned) == 1
+        assert requests.count(unsigned) <= 1
 
 
 @pytest.mark.parametrize(
@@ -471,7 +473,7 @@ def test_throttling_with_status_400(bucket: str, answer: Callable[[int, str], li
 def test_a_missing_bucket_is_asked_for_once(bucket: str, faulty_s3: FaultyServer) -> None:
     with pytest.raises(UserError, match="bucket does not exist"):
         locate("s3://another-bucket/a").write_bytes(b"")
-    assert faulty_s3.counts == {"ok": 1}
+    assert faulty_s3.counts == {"ok": 2}  # one of them unsigned, to learn whether the endpoint redirects
 
 
 @pytest.mark.parametrize("region", ["AWS_REGION", "AWS_DEFAULT_REGION", None])

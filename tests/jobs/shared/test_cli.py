@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from jobs.shared.cli import parse, run
-from pipelines.errors import UserError
+from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,28 @@ def test_exit_statuses(main, status, capsys):
     assert "Traceback" not in error
     if status == 2:
         assert error == "error: What. Do.\n"
+
+
+@pytest.mark.parametrize("kind", [UserError, RunFailedError, StorageUnavailableError, ZeroDivisionError])
+def test_errors_and_tracebacks_have_no_secrets(kind, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-key-1234")
+    with pytest.raises((SystemExit, ZeroDivisionError)) as end:
+        run(raising(kind("No answer from http://me:pass@host with a-secret-key-1234.")))
+    if kind is ZeroDivisionError:
+        sys.excepthook(end.type, end.value, end.tb)  # as the interpreter does
+    error = capsys.readouterr().err
+    assert "http://host" in error
+    assert "[$AWS_SECRET_ACCESS_KEY]" in error
+    assert not [secret for secret in ("pass@", "a-secret-key-1234") if secret in error]
+    assert ("Traceback" in error) == (kind is ZeroDivisionError)
+
+
+def test_an_argument_with_a_password_is_refused_whatever_it_is_for(monkeypatch):
+    for arguments in (("--name", "http://me:pass@host"), ("--unknown=s3://key:pass@bucket", "--name", "x")):
+        with pytest.raises(UserError, match="has a user name, password, key or token in it") as refusal:
+            parsed(monkeypatch, *arguments)
+        assert "pass@" not in str(refusal.value)
 
 
 def test_a_bug_is_not_dressed_up():
