@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jobs.shared.cli import parse, run
+from jobs.shared.streams import print_line
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main() -> None:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{error.filename or flags.output}: {error.strerror}. Name another path.") from error
-    print(f"written to {flags.output}")
+    print_line(f"written to {flags.output}")
 
 
 def _convert(flags: ConvertWeights) -> str:

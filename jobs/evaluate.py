@@ -12,12 +12,19 @@ import tyro
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
+from maskformer.untrusted import escaped
+from pipelines.columns import left, width
 from pipelines.config.publish import PublishConfig
 
 if TYPE_CHECKING:
     from maskformer.analysis.bootstrap import Difference
     from pipelines.evaluation.publish import Reported
     from pipelines.evaluation.result import EvaluationResult
+
+
+_LONGEST = 60
+"""Characters of a class name in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +41,14 @@ def main() -> int:
 
         found = publish(flags.publish) if flags.publish.checkpoint else score(flags.publish)
     evaluation = found.evaluation
-    for line in _table(evaluation):
-        print(line)
+    lines = ["", *_table(evaluation)]
     if found.other and found.difference:
-        print(_difference(found.difference, found.other.output))
-    print(f"\n{evaluation.quality.num_images} images; results in {evaluation.output}")
+        lines += ["", _difference(found.difference, found.other.output)]
+    lines += ["", f"{evaluation.quality.num_images} images; results in {evaluation.output}"]
     if found.report:
-        print(f"report: {found.report}")
-    for line in _records(found, flags.publish):
-        print(line)
+        lines.append(f"report: {found.report}")
+    for line in [*lines, *_records(found, flags.publish)]:
+        print_line(line)
     if found.check is None:
         return 0
     agrees = "agrees" if found.check.agrees else "DISAGREES"
@@ -52,19 +58,23 @@ def main() -> int:
 
 def _table(evaluation: "EvaluationResult") -> list[str]:
     quality, intervals = evaluation.quality, evaluation.analysis.intervals
-    lines = [f"\n{'percent':<26}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}   95 % interval of PQ"]
+    classes = [
+        (f"  {escaped(name, _LONGEST)}", values)
+        for name, values in quality.per_class.items()
+        if values.tp + values.fp + values.fn
+    ]
+    first = max([26, *(width(name) for name, _ in classes)])
+    lines = [f"{'percent':<{first}}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'classes':>9}   95 % interval of PQ"]
     for name, group in (("all", quality.all), ("things", quality.things), ("stuff", quality.stuff)):
         span = f"   {100 * intervals[name].low:.1f} to {100 * intervals[name].high:.1f}" if name in intervals else ""
         lines.append(
-            f"{name:<26}{_percent(group.pq)}{_percent(group.sq)}{_percent(group.rq)}{group.num_classes:>9}{span}"
+            f"{name:<{first}}{_percent(group.pq)}{_percent(group.sq)}{_percent(group.rq)}{group.num_classes:>9}{span}"
         )
-    for name, values in quality.per_class.items():
-        if values.tp + values.fp + values.fn:
-            shown = "".join(char if char.isprintable() else "?" for char in name)
-            lines.append(f"  {shown:<24}{_percent(values.pq)}{_percent(values.sq)}{_percent(values.rq)}")
+    for name, values in classes:
+        lines.append(f"{left(name, first)}{_percent(values.pq)}{_percent(values.sq)}{_percent(values.rq)}")
     lost = {name.removeprefix("lost/"): value for name, value in evaluation.metrics.items() if name.startswith("lost/")}
     ranked = sorted(lost, key=lambda cause: -lost[cause])
-    lines.append("\nlost: " + ", ".join(f"{cause.replace('_', ' ')} {100 * lost[cause]:.1f}" for cause in ranked))
+    lines += ["", "lost: " + ", ".join(f"{cause.replace('_', ' ')} {100 * lost[cause]:.1f}" for cause in ranked)]
     return lines
 
 
@@ -74,7 +84,7 @@ def _percent(value: float) -> str:
 
 def _difference(found: "Difference", other: str) -> str:
     return (
-        f"\n{100 * found.value:+.2f} PQ against {other}: {100 * found.confidence:g} % interval "
+        f"{100 * found.value:+.2f} PQ against {other}: {100 * found.confidence:g} % interval "
         f"{100 * found.low:+.2f} to {100 * found.high:+.2f}, p = {found.p_value:.2g}"
     )
 
@@ -87,11 +97,10 @@ def _records(found: "Reported", config: PublishConfig) -> list[str]:
         return []
     lines = [str(found.mlflow_run)]
     if found.model_version:
-        newer = found.alias_version != found.model_version
+        is_set = found.alias_version == found.model_version
         lines.append(f"registered as models:/{config.register}/{found.model_version}")
         lines.append(
-            f"models:/{config.register}@{config.alias} {'stays at the newer' if newer else 'is'} version "
-            f"{found.alias_version}"
+            f"models:/{config.register}@{config.alias} {'is' if is_set else 'stays at'} version {found.alias_version}"
         )
     return lines
 

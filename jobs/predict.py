@@ -13,6 +13,7 @@ import tyro
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from pipelines.config.predict import PredictConfig
 
 _LISTED = 10
@@ -38,11 +39,11 @@ def main() -> int:
 
         result = predict(config)
     before = f", {result.before} finished before" if result.before else ""
-    print(f"{result.done} segmented{before}, {len(result.failed)} failed: {result.output}")
+    print_line(f"{result.done} segmented{before}, {len(result.failed)} failed: {result.output}")
     for failure in result.failed[:_LISTED]:
-        print(f"  {failure['reason']}")
+        print_line(f"  {failure['reason']}")
     if len(result.failed) > _LISTED:
-        print(f"  and {len(result.failed) - _LISTED} more in {result.output}/failed.json")
+        print_line(f"  and {len(result.failed) - _LISTED} more in {result.output}/failed.json")
     return 1 if result.failed else 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from pipelines.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def main() -> int:
     if checked:
         print(checked.summary())
     if packed:
-        print(_summary(packed))
+        print_line(_summary(packed))
         if checked and checked.has_errors:
             print(f"{len(checked.images_with_errors)} images were left out")
         return 0

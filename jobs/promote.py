@@ -12,6 +12,7 @@ import tyro
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from pipelines.config.promote import PromoteConfig
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def main() -> int:
 
         decision = promote(registry_uri(config.tracking.uri), config)
     for line in _numbers(decision):
-        print(line)
-    print(_outcome(decision, config))
+        print_line(line)
+    print_line(_outcome(decision, config))
     return 1 if decision.action == "refused" else 0
 
 
@@ -44,7 +45,7 @@ def _numbers(decision: "Decision") -> list[str]:
     if decision.obstacle:
         lines.append(f"not compared: {decision.obstacle}")
     if decision.evaluation:
-        lines.append(f"data set   {ascii(decision.evaluation.data_name)[1:-1]}, hash {decision.evaluation.digest}")
+        lines.append(f"data set   {decision.evaluation.data_name}, hash {decision.evaluation.digest}")
         lines.append(f"version {decision.version:<10} PQ {100 * decision.evaluation.pq:6.2f}")
     if decision.before:
         lines.append(f"version {decision.previous:<10} PQ {100 * decision.before.pq:6.2f}")

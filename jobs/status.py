@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jobs.shared.cli import parse, run
+from pipelines import columns
 from pipelines.credentials import redacted
 from pipelines.errors import UserError
 
@@ -229,8 +230,8 @@ def _table(reports: list[_Report]) -> str:
         share = f"{100 * accounts.useful_share:.1f} %" if accounts.wall else ""
         name = report.run.rpartition("/")[2]
         rows.append((name, report.state, _steps(report), checkpoint, left, share, str(accounts.failures)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    widths = [max(map(columns.width, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(columns.left, row, widths)).rstrip() for row in rows)
     notes = (f"note: {report.run}: {note}" for report in reports for note in report.notes)
     return "\n".join([*lines, *notes])
 

@@ -15,6 +15,8 @@ from typing import Annotated
 import tyro
 
 from jobs.shared.cli import parse, run
+from jobs.shared.streams import print_line, printable
+from maskformer.untrusted import escaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +46,25 @@ def main() -> int:
     variables = submission.environment(flags.env)
     client = submission.connect(flags.address)
     name = submission.submit(client, root, shlex.join(flags.entrypoint), flags.name or None, variables)
-    print(f"job {name} is submitted. {submission.hints(name)}", flush=True)
+    print_line(f"job {name} is submitted. {submission.hints(name)}")
     if not flags.wait:
         return 0
     try:
-        outcome = submission.follow(client, name, lambda lines: print(lines, end="", flush=True))
+        outcome = submission.follow(client, name, _show)
     except KeyboardInterrupt:
-        print(f"\njob {name} continues. {submission.hints(name)}", file=sys.stderr)
+        print(file=sys.stderr)  # after the ^C of the terminal
+        print(escaped(f"job {name} continues. {submission.hints(name)}"), file=sys.stderr)
         return 130
     if outcome.status == "FAILED":
-        print(f"job {name} failed with exit status {outcome.exit_code}: {outcome.cause}", file=sys.stderr)
+        print(escaped(f"job {name} failed with exit status {outcome.exit_code}: {outcome.cause}"), file=sys.stderr)
     else:
-        print(f"job {name} {outcome.status.lower()}")
+        print_line(f"job {name} {outcome.status.lower()}")
     return outcome.exit_code
+
+
+def _show(lines: str) -> None:
+    """Print what the cluster sent, without its colors."""
+    print(printable(lines), end="", flush=True)
 
 
 if __name__ == "__main__":

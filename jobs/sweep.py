@@ -14,6 +14,7 @@ import tyro
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, with_recipes
 from pipelines.config.recipes import RECIPES
 from pipelines.config.sweep import SweepConfig
@@ -48,11 +49,11 @@ def main() -> int:
 
         result = sweep(flags.training, flags.sweep)
     print(result.report)
-    print(result.mlflow_run)
+    print_line(str(result.mlflow_run))
     if result.best is None:
-        print(f"to resume: the same command with --run.name {result.name}")
+        print_line(f"to resume: the same command with --run.name {result.name}")
         return 130
-    print(f"the best is {result.best.name}; to train with its settings: --config {result.folder}/best.json")
+    print_line(f"the best is {result.best.name}; to train with its settings: --config {result.folder}/best.json")
     return 0
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from jobs.shared.training import TrainFlags, chosen_recipe
 from pipelines.config.recipes import DEMO
 
@@ -36,11 +37,12 @@ def main() -> int:
     for name, quality in report.published.evaluation.quality.per_class.items():
         print(f"  {name:<24}{100 * quality.pq:>7.1f}{100 * quality.sq:>7.1f}{100 * quality.rq:>7.1f}")
     mlflow_run = report.published.mlflow_run
-    print(f"\nrun folder      {report.training.folder}")
-    print(f"report          {report.published.report}")
+    print()
+    print_line(f"run folder      {report.training.folder}")
+    print_line(f"report          {report.published.report}")
     print(f"MLflow run      {mlflow_run.run_id}")
     print(f"model version   models:/{MODEL_NAME}@{ALIAS} is version {report.published.model_version}")
-    print(f"look next       the report in a browser; mlflow ui --backend-store-uri {mlflow_run.uri}")
+    print_line(f"look next       the report in a browser; mlflow ui --backend-store-uri {mlflow_run.uri}")
     print(f"PQ {100 * report.published.evaluation.quality.pq:.1f}")
     return 0
 

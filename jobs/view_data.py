@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.shared.cli import parse, run
+from jobs.shared.streams import print_line
 from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, with_recipes
 from pipelines.config.recipes import RECIPES
 from pipelines.errors import UserError
@@ -102,7 +103,7 @@ def main() -> None:
     written = view.write_view(
         progress(images, count, "images drawn"), count, samples.taxonomy, flags.output, title, facts
     )
-    print(f"{len(written) - 1} images: {flags.output.rstrip('/')}/{written[-1]}")
+    print_line(f"{len(written) - 1} images: {flags.output.rstrip('/')}/{written[-1]}")
 
 
 def _require_same_data(config: str, samples: "PackedSet") -> None:

@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
+from maskformer.untrusted import escaped
+
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f4f4f5; --text: #18181b; --faint: #5b5b63; --line: #d4d4d8;
   --control: #85858f; --accent: #1d4fa3; --warning: #a83c00; }
@@ -63,8 +65,7 @@ def fact_list(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def text(value: object) -> str:
     """Return a value as text in HTML: markup escaped, and what is not printable as its code."""
-    plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))
-    return html.escape(plain)
+    return html.escape(escaped(value))
 
 
 def jpeg_address(content: bytes) -> str:

@@ -31,7 +31,7 @@ from urllib.error import HTTPError
 import pyarrow as pa
 from pyarrow import fs
 
-from maskformer.untrusted import NotRegularError, open_regular
+from maskformer.untrusted import NotRegularError, escaped, open_regular
 from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
@@ -413,6 +413,11 @@ def locate(uri: str | os.PathLike[str]) -> Location:
         StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
+    if not uri.isascii():
+        try:
+            uri.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"The name {escaped(uri)} is not UTF-8. Rename the file or folder.") from None
     if not is_remote(uri):
         return Location(fs.LocalFileSystem(), uri, uri)
     scheme, _, path = uri.partition("://")

@@ -15,6 +15,7 @@ import tyro
 
 from jobs.shared import console
 from jobs.shared.help import help_text
+from jobs.shared.streams import guard
 from pipelines.credentials import redacted, refuse_credentials
 from pipelines.errors import RunFailedError, StorageUnavailableError, UserError
 
@@ -49,6 +50,7 @@ def parse(
         sys.exit(0)
     for argument in sys.argv[1:]:
         refuse_credentials(argument, "The argument")
+    # What tyro prints about arguments is in a box, whose lines all begin with its border.
     return tyro.cli(
         config_type,
         prog=prog,
@@ -77,6 +79,7 @@ def _own_arguments() -> list[str]:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a job's `main` and exit with its status (None is 0)."""
+    guard()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(console.Formatter(console.FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

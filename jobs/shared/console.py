@@ -13,6 +13,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from jobs.shared.streams import printable
 from pipelines import progress
 from pipelines.credentials import redacted
 from pipelines.errors import UserError
@@ -24,10 +25,10 @@ log_files: list[Path] = []
 
 
 class Formatter(logging.Formatter):
-    """Formats log lines, and their tracebacks, without secrets."""
+    """Formats log lines without secrets. Those that follow, as of a traceback, are indented: none can pass for one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return printable(redacted(super().format(record))).replace("\n", "\n  ")
 
 
 class Console(logging.Handler):
@@ -76,7 +77,7 @@ def quiet(verbose: bool) -> Iterator[None]:
         # In a submitted job this is a node of the cluster.
         host = f"{socket.gethostname()}:" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else ""
         console = Console(stderr, f"Output of Ray and MLflow goes to {host}{file} (--verbose shows it here).")
-        to_file = logging.FileHandler(file)
+        to_file = logging.FileHandler(file, encoding="utf-8")
         to_file.setFormatter(Formatter(f"{FORMAT} [%(name)s]"))
         try:
             root.handlers = [to_file, *(handler for handler in handlers if type(handler) is not logging.StreamHandler)]

@@ -6,12 +6,14 @@ from importlib import import_module
 from pathlib import Path
 
 from jobs.shared.cli import run
+from jobs.shared.streams import guard
 
 _FOLDER = Path(__file__).parents[1]
 
 
 def main() -> None:
     """Run the job that the first argument names, or list the jobs."""
+    guard()
     jobs = {file.stem: file for file in sorted(_FOLDER.glob("*.py")) if file.stem != "__init__"}
     name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else "help"
     if name in ("help", "__help", "_h"):

@@ -13,6 +13,7 @@ import tyro
 
 from jobs.shared.cli import asks_for_help, is_given, parse
 from jobs.shared.console import quiet
+from jobs.shared.streams import print_line
 from maskformer.untrusted import escaped
 from pipelines.config.fields import ESSENTIAL, facts
 from pipelines.config.overrides import flatten, with_overrides
@@ -75,11 +76,11 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
         from pipelines.training import fit  # imports Ray, which --help should not
 
         result = fit(flags.training)
-    print(f"{result.status} at step {result.step}: {result.checkpoint}")
-    print(result.mlflow_run)
+    print_line(f"{result.status} at step {result.step}: {result.checkpoint}")
+    print_line(str(result.mlflow_run))
     if result.status == "stopped":
         storage = result.folder.rpartition("/")[0]
-        print(f"to resume: the same command with --run.name {result.name} --run.storage {storage}")
+        print_line(f"to resume: the same command with --run.name {result.name} --run.storage {storage}")
         return 130
     return 0
 
@@ -214,4 +215,4 @@ def training_images(config: TrainConfig) -> tuple[int, str, Literal["measured", 
     samples = open_pack(uri)
     kept = samples.with_things() if config.data.require_thing else samples
     left_out = f", {kept.num_left_out:,} more left out without a thing" if config.data.require_thing else ""
-    return len(kept), f"of {samples.uri}{left_out}", "measured"
+    return len(kept), f"of {escaped(samples.uri)}{left_out}", "measured"

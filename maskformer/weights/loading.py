@@ -57,7 +57,7 @@ class LoadReport:
             )
             if names
         ]
-        return "\n".join(lines)
+        return "\n".join(map(escaped, lines))
 
     def require_complete(self) -> None:
         """Check that no tensor is missing, as evaluation and conversion require.

@@ -81,6 +81,11 @@ def tracking_uri(uri: str, storage: str) -> str:
             f"No MLflow server is set, and {storage} cannot hold a SQLite file. "
             f"Set one by --tracking.uri http://host:5000 or $MLFLOW_TRACKING_URI."
         )
+    return own_database(storage)
+
+
+def own_database(storage: str) -> str:
+    """Return the tracking URI of the database that is created in a local storage folder if no other is named."""
     return f"{SQLITE}{absolute(storage)}/mlflow.db"
 
 

@@ -93,9 +93,11 @@ class RunConfig:
             raise ValueError(f"run.epochs must be a finite number, got {self.epochs}.")
         if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
             raise ValueError(f"A run needs at least one step, got run.epochs {self.epochs} and run.steps {self.steps}.")
-        if "/" in self.name or self.name.startswith("."):
+        encoded = self.name.encode("utf-8", "backslashreplace")
+        if "/" in self.name or self.name.startswith(".") or len(encoded) > 255 or encoded.decode() != self.name:
             raise ValueError(
-                f"run.name must be the name of one folder, got {self.name!r}. Set its parent folder by --run.storage."
+                f"run.name must be the name of one folder, at most 255 bytes of UTF-8, got {self.name[:300]!r}. Set "
+                f"its parent folder by --run.storage."
             )
 
 

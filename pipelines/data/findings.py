@@ -190,7 +190,7 @@ class Finding:
         image = "" if self.image_id is None else f"image {self.image_id}"
         segment = "" if self.segment_id is None else f"segment {self.segment_id}"
         where = ", ".join(filter(None, (image, segment)))
-        return f"{escaped(self.file)}{f' ({where})' if where else ''}: {self.message} [{self.code}]"
+        return escaped(f"{self.file}{f' ({where})' if where else ''}: {self.message} [{self.code}]")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pipelines.checkpoints.pretrained import open_model
 from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.cluster.session import session
 from pipelines.config.publish import PublishConfig, ThresholdConfig
-from pipelines.config.resolve import SQLITE, or_environment, tracking_uri
+from pipelines.config.resolve import SQLITE, or_environment, own_database, tracking_uri
 from pipelines.config.serialize import to_dict
 from pipelines.credentials import redacted
 from pipelines.data.manifest import PackedSet, open_pack
@@ -67,7 +67,7 @@ class Published(Reported):
     model_version: str = ""
     """Empty if the model was not registered."""
     alias_version: str = ""
-    """The version that the alias names: this one or, if there is one, a newer one."""
+    """The version that the alias names: this one, a newer one, or what promote.py chose meanwhile."""
 
 
 def score(config: PublishConfig) -> Reported:
@@ -97,7 +97,7 @@ def publish(config: PublishConfig) -> Published:
     samples, other = _opened(config)
     saved = open_model(config.checkpoint, samples.taxonomy)
     uri = _tracking_uri(config, saved)
-    client = connect(uri)
+    client = connect(uri, create=uri == own_database(_storage_of(saved)))
     if config.register:
         registry.require_names(client, config.register, config.alias)
     trained = saved.config.panoptic
@@ -193,7 +193,7 @@ def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
         database = Path(trained.removeprefix(SQLITE))
         if database.name == "mlflow.db" and database.is_file() and Path(folder.path).is_relative_to(database.parent):
             given = trained
-    uri = tracking_uri(given, str(folder).rpartition("/")[0])
+    uri = tracking_uri(given, _storage_of(saved))
     if trained not in ("", uri):
         logger.info(
             "The training was logged to %s; this evaluation is logged to %s. --tracking.uri or $MLFLOW_TRACKING_URI "
@@ -202,6 +202,11 @@ def _tracking_uri(config: PublishConfig, saved: SavedModel) -> str:
             uri,
         )
     return uri
+
+
+def _storage_of(saved: SavedModel) -> str:
+    """Return the folder of the folder of a run."""
+    return str(locate(saved.folder)).rpartition("/")[0]
 
 
 def _with_thresholds(saved: SavedModel, given: ThresholdConfig) -> SavedModel:

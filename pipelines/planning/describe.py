@@ -6,6 +6,7 @@ import torch
 
 from maskformer import build_model
 from maskformer.optim import parameter_groups
+from maskformer.untrusted import escaped
 from pipelines.config.recipes import PUBLISHED
 from pipelines.config.train import TrainConfig
 from pipelines.data.order import total_steps
@@ -61,7 +62,7 @@ def describe(config: TrainConfig, num_images: int, source: str) -> str:
         lines.append(
             f"{group['name']:<{width}}{len(group['params']):>8}{count:>14,}{group['lr']:>10.3g}{group['weight_decay']:>10.3g}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))
 
 
 def _range(values: tuple[int, ...]) -> str:

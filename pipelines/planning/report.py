@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from maskformer.untrusted import escaped
 from pipelines.planning.estimate import GB, PASSES, Plan, Range
 
 Mark = Literal["measured", "modeled", "published", "given"]
@@ -94,7 +95,7 @@ def report(plan: Plan, marks: Marks, source: str, price: float | None) -> str:
             bill = f"{_span(plan.gpu_hours, price, 0)} = {hours} x {price:g}"
         rows.append(("price", "modeled", bill))
     lines = [f"{name:<18}{mark:<11}{text}" for name, mark, text in rows]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
+    return "\n".join(map(escaped, [*lines, *(f"warning: {warning}" for warning in plan.warnings)]))
 
 
 def _span(values: Range, factor: float = 1.0, digits: int = 1) -> str:

@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from maskformer.untrusted import escaped
+from pipelines.columns import left, right, width
+
 _GROUPS = {"finished": 0, "failed": 2}  # all others 1
 _LAST_GROUP = 3
+_LONGEST = 60
+"""Characters of a cell of the table."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,11 @@ def importance_text(records: Iterable[TrialRecord]) -> str:
         f"Importance of settings, from {count} trials at step {step} (0: unrelated to the PQ, 1: determines its order)"
     ]
     scores = importance(records)
-    width = max((len(setting) for setting, _, _ in scores), default=0)
+    scores = [(escaped(setting), score, direction) for setting, score, direction in scores]
+    first = max((width(setting) for setting, _, _ in scores), default=0)
     for setting, score, direction in scores:
         meaning = {"+": "  higher is better", "-": "  lower is better", None: ""}[direction]
-        lines.append(f"  {setting:<{width}}  {'too few values' if math.isnan(score) else f'{score:.2f}{meaning}'}")
+        lines.append(f"  {left(setting, first)}  {'too few values' if math.isnan(score) else f'{score:.2f}{meaning}'}")
     chance = min(1.96 / math.sqrt(count - 1), 1.0)
     lines.append(f"Only a hint: with {count} trials, a number without any effect reaches {chance:.2f} once in twenty.")
     return "\n".join(lines)
@@ -142,11 +148,10 @@ def table(records: Iterable[TrialRecord]) -> str:
         percent = "-" if math.isnan(pq) else f"{100 * pq:.1f}"
         values = [_shown(record.values[setting]) if setting in record.values else "" for setting in settings]
         rows.append([record.name, record.status, f"{step:,}" if record.results else "-", percent, *values])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}", *_right(row[2:], widths[2:])]) for row in rows
-    ]
-    failures = [f"{record.name}: {' '.join(record.cause.split())}" for record in records if record.cause]
+    rows = [[escaped(cell, _LONGEST) for cell in row] for row in rows]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([*map(left, row[:2], widths[:2]), *map(right, row[2:], widths[2:])]) for row in rows]
+    failures = [escaped(f"{record.name}: {' '.join(record.cause.split())}") for record in records if record.cause]
     return "\n".join([*lines, *failures])
 
 
@@ -156,16 +161,20 @@ def csv(records: Iterable[TrialRecord]) -> str:
     settings = _settings(records)
     text = io.StringIO()
     lines = writer(text, lineterminator="\n")
-    lines.writerow(["trial", "status", "step", "pq", *settings, "cause"])
+    lines.writerow(["trial", "status", "step", "pq", *map(_cell, settings), "cause"])
     for record in records:
         step, pq = record.last if record.results else ("", "")
-        values = [_exact(record.values[setting]) if setting in record.values else "" for setting in settings]
-        lines.writerow([record.name, record.status, step, pq, *values, record.cause])
+        values = [_cell(record.values[setting]) if setting in record.values else "" for setting in settings]
+        lines.writerow(
+            [_cell(record.name), _cell(record.status), step, pq, *values, _cell(" ".join(record.cause.split()))]
+        )
     return text.getvalue()
 
 
-def _right(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+def _cell(value: Any) -> str:
+    """Return a value for CSV. A text that a spreadsheet would compute, such as `=1+1`, gets an apostrophe before it."""
+    text = escaped(_exact(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(value) else text
 
 
 def _settings(records: Iterable[TrialRecord]) -> list[str]:

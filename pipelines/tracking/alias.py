@@ -46,16 +46,25 @@ def current_user() -> str:
     return DefaultRunContext().tags().get(MLFLOW_USER, "unknown")
 
 
+def history_tag(alias: str) -> str:
+    """Return the name of the tag with the history of an alias that promote.py decides on."""
+    return f"history.{alias}"
+
+
 def version_of(client: MlflowClient, name: str, alias: str) -> str:
     """Return the version that an alias names; empty if there is no such alias."""
     return str(client.get_registered_model(name).aliases.get(alias, ""))
 
 
 def move_forward(client: MlflowClient, name: str, alias: str, version: str) -> str:
-    """Set an alias unless it names a newer version; return the version that it names then."""
+    """Set an alias unless it names a newer version or promote.py decides on it; return the version that it names then.
+
+    promote.py may have set it for the first time since the caller looked.
+    """
     with locked(client, name, alias) as require_lock:
-        present = version_of(client, name, alias)
-        if present and int(present) >= int(version):
+        model = client.get_registered_model(name)
+        present = str(model.aliases.get(alias, ""))
+        if history_tag(alias) in model.tags or (present and int(present) >= int(version)):
             return present
         require_lock()
         client.set_registered_model_alias(name, alias, version)

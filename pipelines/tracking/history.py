@@ -8,8 +8,9 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from maskformer.analysis.bootstrap import Difference
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
-from pipelines.tracking.alias import current_user
+from pipelines.tracking.alias import current_user, history_tag
 from pipelines.tracking.evaluations import Evaluation
 
 MOST = 20
@@ -71,13 +72,13 @@ def read(client: MlflowClient, name: str, alias: str) -> list[Entry]:
     Raises:
         UserError: something else is in the tag.
     """
-    text = client.get_registered_model(name).tags.get(_tag(alias))
+    text = client.get_registered_model(name).tags.get(history_tag(alias))
     try:
         return [Entry(**values) for values in json.loads(text)] if text else []
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"The tag {_tag(alias)} of the registered model {name} does not hold the history of an alias ({error}). "
-            f"Correct or delete it."
+            f"The tag {history_tag(alias)} of the registered model {name} does not hold the history of an alias "
+            f"({escaped(error)}). Correct or delete it."
         ) from error
 
 
@@ -91,17 +92,13 @@ def record(client: MlflowClient, name: str, alias: str, new: Entry) -> None:
         entries.pop()
     for key, value in _facts(new).items():
         client.set_model_version_tag(name, new.version, f"{alias}.{key}", value)
-    client.set_registered_model_tag(name, _tag(alias), text)
+    client.set_registered_model_tag(name, history_tag(alias), text)
 
 
 def before(entries: list[Entry], version: str) -> str:
     """Return the version that the alias named before `version` was promoted; empty if that is not known."""
     promotions = (old for old in entries if old.action != "rollback" and old.version == version)
     return next((old.previous for old in promotions), "")
-
-
-def _tag(alias: str) -> str:
-    return f"history.{alias}"
 
 
 def _facts(new: Entry) -> dict[str, str]:

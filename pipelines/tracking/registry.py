@@ -24,7 +24,7 @@ class Registered:
 
     version: str
     alias_version: str
-    """The version that the alias names now: this one, or a newer one."""
+    """The version that the alias names now: this one, a newer one, or what promote.py chose meanwhile."""
 
 
 def require_names(client: MlflowClient, name: str, alias: str) -> None:
@@ -61,7 +61,7 @@ def register(
     description: str,
     tags: Mapping[str, str],
 ) -> Registered:
-    """Make a logged model a version of the registered model `name`, and set `alias` unless it names a newer version.
+    """Make a logged model a version of the registered model `name`, and set `alias` as `move_forward` does.
 
     A logged model that is a version already stays that version: evaluating a checkpoint once more adds none.
 

@@ -57,7 +57,7 @@ class TrackedRun:
         Raises:
             UserError: MLflow rejects the request.
         """
-        require_reachable(uri)  # the client itself would try for minutes
+        require_reachable(uri, create=True)  # the client itself would try for minutes; the job has checked the path
         with _rejections(uri):
             client = MlflowClient(uri)
             experiment_id = _experiment(client, uri, experiment)

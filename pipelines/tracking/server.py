@@ -26,21 +26,24 @@ os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error in one line of at most 500 characters, without secrets."""
-    return redacted(" ".join(str(error).split()))[:500]
+    return escaped(redacted(" ".join(str(error).split()))[:500])
 
 
-def require_reachable(uri: str) -> None:
+def require_reachable(uri: str, *, create: bool = False) -> None:
     """Check within seconds that MLflow at `uri` can be used; its client would retry for minutes.
 
+    Args:
+        create: whether a database may be created. MLflow would create one wherever a mistyped URI leads.
+
     Raises:
-        UserError: the server does not answer, refuses or redirects, the database cannot be written, or the address has
-            a user name or password in it.
+        UserError: the server does not answer, refuses or redirects, the database does not exist or cannot be written,
+            or the address has a user name or password in it.
     """
     refuse_credentials(uri, "The address of MLflow")
     if uri.lower().startswith(("http://", "https://")):
         _require_server(uri)
     elif uri.startswith("sqlite:///"):
-        _require_database(Path(uri.removeprefix("sqlite:///")))
+        _require_database(Path(uri.removeprefix("sqlite:///")), create)
     elif "://" not in uri or uri.startswith("file:"):
         raise UserError(
             f"MLflow no longer keeps runs in a plain folder, got {uri}. "
@@ -48,13 +51,16 @@ def require_reachable(uri: str) -> None:
         )
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, *, create: bool = False) -> MlflowClient:
     """Return a client of MLflow at `uri`, after a request that shows within seconds that we may use it.
+
+    Args:
+        create: as of `require_reachable`.
 
     Raises:
         UserError: it does not answer, cannot be written, or refuses us.
     """
-    require_reachable(uri)
+    require_reachable(uri, create=create)
     client = MlflowClient(uri)
     try:
         client.search_experiments(max_results=1)
@@ -153,7 +159,12 @@ def _denied(uri: str, status: int) -> UserError:
     return UserError(f"The MLflow server {uri} refuses access (HTTP status {status}). {remedy}.")
 
 
-def _require_database(path: Path) -> None:
+def _require_database(path: Path, create: bool) -> None:
+    if not create and not path.is_file():
+        raise UserError(
+            f"There is no database of MLflow at {escaped(path)}. Correct --tracking.uri or $MLFLOW_TRACKING_URI; for a "
+            f"new database, create an empty file there first."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
@@ -163,6 +174,6 @@ def _require_database(path: Path) -> None:
             database.rollback()
     except (OSError, sqlite3.Error) as error:
         raise UserError(
-            f"MLflow's database {path} cannot be written: {error}. Choose another file with "
+            f"MLflow's database {escaped(path)} cannot be written: {error}. Choose another file with "
             f"--tracking.uri sqlite:////absolute/path/mlflow.db or another --run.storage."
         ) from error

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.optim import parameter_groups
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
 from pipelines.checkpoints.state import environment
 from pipelines.config.serialize import VERSION, from_dict, to_dict, upgraded
 from pipelines.config.train import TrainConfig
@@ -278,8 +279,7 @@ def _decoded(file: Location, decode: Callable[[Any], Any], data: Any) -> Any:
 def _unusable(file: Location, error: Exception) -> UserError:
     text = " ".join(str(error).split())
     return UserError(
-        f"{file} cannot be used ({type(error).__name__}: {_printable(text[:300])}). Use an "
-        f"undamaged copy of the bundle."
+        f"{file} cannot be used ({type(error).__name__}: {escaped(text[:300])}). Use an undamaged copy of the bundle."
     )
 
 
@@ -374,7 +374,7 @@ class ReplayReport:
         if self.recent_norms:
             lines.append(f"gradient norms before: {', '.join(f'{norm:.4g}' for norm in self.recent_norms)}")
         lines.append("learning rates: " + "; ".join(f"{name} {lr:.4g}" for name, lr in self.learning_rates.items()))
-        return "\n".join(lines)
+        return "\n".join(map(escaped, lines))
 
 
 def replay(bundle: Bundle, device: torch.device, precision: Precision) -> ReplayReport:
@@ -444,10 +444,10 @@ def _report(
         notes.append(f"The run used {config.scaling.device} and {of_run}, so {what}.")
     before, now = bundle.environment, environment(config)
     if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
-        notes.append(f"The run's environment was another one: {_printable(', '.join(changed))}.")
+        notes.append(f"The run's environment was another one: {escaped(', '.join(changed))}.")
     if any(one.losses is None for one in micro_batches):
         notes.append("Micro-batches without losses are left out of the gradients below.")
-    step = f"Step {bundle.step} of {bundle.total_steps} of run {_printable(bundle.run)}"
+    step = f"Step {bundle.step} of {bundle.total_steps} of run {escaped(bundle.run)}"
     return ReplayReport(
         title=f"{step}, on {device.type} in {precision}.",
         micro_batches=micro_batches,
@@ -537,8 +537,3 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def _count(tensor: Tensor) -> str:
     nan, infinite = tensor.isnan().sum(), tensor.isinf().sum()
     return f"{nan} NaN and {infinite} infinite of {tensor.numel()} values {list(tensor.shape)}"
-
-
-def _printable(text: str) -> str:
-    """Escape what a terminal could interpret."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from pipelines import columns
 from pipelines.sweep import report
 from pipelines.sweep.report import TrialRecord
 
@@ -154,4 +155,35 @@ def test_csv_keeps_all_digits() -> None:
     assert (float(rows[0]["pq"]), rows[0]["step"], rows[2]["pq"]) == (0.31234, "1500", "")
     assert [row["data.kind"] for row in rows] == ["z", "x,y", "z"]
     assert [row["loss.kind"] for row in rows] == ["true", "none", "false"]
-    assert rows[2]["cause"] == "OSError: no\nspace"
+    assert rows[2]["cause"] == "OSError: no space"
+
+
+HOSTILE = "=1+1\x1b[2J\ntrial-009  finished  99.9\u202e\udcff"
+
+
+def test_names_from_outside_neither_begin_a_line_nor_shift_a_column() -> None:
+    records = [
+        TrialRecord(HOSTILE, {HOSTILE: HOSTILE, "data.kind": "猫"}, HOSTILE, [(250, 0.1)], HOSTILE),
+        TrialRecord("trial-001", {HOSTILE: 10_000 * "x", "data.kind": "a"}, "finished", [(250, 0.2)]),
+        TrialRecord("trial-002", {HOSTILE: -1.5, "data.kind": "a"}, "finished", [(250, 0.3)]),
+    ]
+    lines = report.table(records).split("\n")
+    assert len(lines) == 5
+    assert len(set(map(columns.width, lines[:4]))) == 1
+    assert max(map(len, lines[:4])) < 400
+    for text in (*lines, *report.importance_text(records).split("\n")):
+        assert text.isprintable()
+        assert not text.startswith("trial-009")
+
+
+def test_a_spreadsheet_computes_nothing() -> None:
+    values = {"data.kind": "@SUM(1)", "optimizer.lr": -1.5, HOSTILE: "+1"}
+    text = report.csv([TrialRecord("=trial", values, "-x", [(250, 0.1)], HOSTILE)])
+    assert text.isascii()
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert row["trial"] == "'=trial"
+    assert row["status"] == "'-x"
+    assert row["data.kind"] == "'@SUM(1)"
+    assert float(row["optimizer.lr"]) == -1.5
+    assert not [each for pair in row.items() for each in pair if each.startswith(("=", "+", "@"))]
+    assert len(text.splitlines()) == 2

@@ -18,8 +18,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psut
 
 @pytest.fixture(scope="package")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file of a SQLite database, created on first use."""
-    return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+    """Return the file of a SQLite database, whose tables are created on first use."""
+    file = tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+    file.touch()
+    return file
 
 
 @pytest.fixture(params=["sqlite", "server"])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from maskformer.taxonomy import Taxonomy
 from pipelines.config.promote import PromoteConfig
 from pipelines.errors import UserError
-from pipelines.tracking import alias, evaluations, gate, history, quality
+from pipelines.tracking import alias, evaluations, gate, history, quality, registry
 from pipelines.tracking.alias import locked, move_forward, version_of
 from pipelines.tracking.gate import Decision, promote
 from pipelines.tracking.quality import Quality
@@ -32,6 +33,7 @@ from tests.pipelines.tracking.versions import (
     evaluated_version,
     new_version,
     pq,
+    register_versions,
 )
 
 ALIAS = "champion"
@@ -215,6 +217,51 @@ def test_a_registration_never_moves_an_alias_backwards(sqlite: str, name: str) -
     assert version_of(client, name, "candidate") == versions[-1]
     assert int(versions[-1]) == 11  # so that 9 is not above 12
     assert all(int(now) >= int(version) for now, version in zip(found, versions[::-1], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_the_newest_of_many_registrations_has_the_alias(uri: str, name: str, kind: str) -> None:
+    """None of them finds an alias at first, and all register at the same time."""
+    programs, each = (4, 3) if kind == "threads" else (3, 2)
+    client = MlflowClient(uri)
+    client.create_registered_model(name)
+    if kind == "threads":
+        task = (uri, name, "candidate", each, threading.Lock(), threading.Barrier(programs))
+        with ThreadPoolExecutor(programs) as pool:
+            jobs = [pool.submit(register_versions, *task) for _ in range(programs)]
+            for job in jobs:
+                job.result()
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.pipelines.tracking.versions"])
+        task = (uri, name, "candidate", each, context.Lock(), context.Barrier(programs))
+        processes = [context.Process(target=register_versions, args=task) for _ in range(programs)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(180)
+        assert [process.exitcode for process in processes] == [0] * programs
+    versions = [int(version.version) for version in client.search_model_versions(f"name='{name}'")]
+    assert sorted(versions) == list(range(1, programs * each + 1))
+    assert version_of(client, name, "candidate") == str(max(versions))
+    assert client.get_registered_model(name).tags == {}
+
+
+def test_a_registration_leaves_an_alias_that_was_promoted_meanwhile(sqlite: str, name: str) -> None:
+    """The first promotion comes after the registration has looked for one, while its model is evaluated."""
+    first, second = evaluated_version(sqlite, name, 0), new_version(sqlite, name)[0]
+    client = MlflowClient(sqlite)
+    registry.require_names(client, name, ALIAS)
+    ask(sqlite, name, version=int(first))
+    assert move_forward(client, name, ALIAS, second) == first
+    assert champion(sqlite, name) == first
+
+
+@pytest.mark.parametrize("path", ["missing.db", "missing/mlflow.db", "."])
+def test_a_mistyped_database_is_refused_and_not_created(tmp_path: Path, name: str, path: str) -> None:
+    with pytest.raises(UserError, match="There is no database of MLflow at"):
+        ask(f"sqlite:///{tmp_path}/{path}", name, version=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_history_stays_within_what_databases_keep(sqlite: str, name: str) -> None:

@@ -67,7 +67,7 @@ def test_a_database_that_cannot_be_written_is_refused(tmp_path: Path, spoil: Cal
     path.parent.mkdir()
     spoil(path)
     with pytest.raises(UserError, match=rf"{path} cannot be written: .*--tracking\.uri"):
-        require_reachable(f"sqlite:///{path}")
+        require_reachable(f"sqlite:///{path}", create=True)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "/srv/mlruns", "file:///srv/mlruns"])

@@ -1,12 +1,14 @@
 """Versions of registered models with evaluations, as `publish` logs them, but without weights or images."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from mlflow.tracking import MlflowClient
 
 from maskformer.panoptic_quality import ClassQuality
 from maskformer.taxonomy import Taxonomy
 from pipelines.tracking import evaluations, quality
+from pipelines.tracking.alias import move_forward
 from pipelines.tracking.evaluations import EvaluatedData
 from pipelines.tracking.quality import Quality
 from pipelines.tracking.runs import TrackedRun
@@ -50,6 +52,23 @@ def new_version(uri: str, name: str) -> tuple[str, str]:
     with current(uri):
         version = client.create_model_version(name, f"models:/{model.model_id}", model_id=model.model_id)
     return str(version.version), model.model_id
+
+
+def register_versions(uri: str, name: str, alias: str, count: int, creating: Any, ready: Any) -> None:
+    """Register versions as several programs do at once.
+
+    Args:
+        creating: a lock of threads or processes. MLflow gives up if several versions are created at once.
+        ready: a barrier of threads or processes, which all wait for each other before the first and the last version.
+    """
+    client = MlflowClient(uri)
+    for number in range(count):
+        with creating:
+            version, _ = new_version(uri, name)
+        if number in (0, count - 1):
+            ready.wait(120)
+        now = move_forward(client, name, alias, version)
+        assert int(now) >= int(version)
 
 
 def evaluate(
