@@ -16,6 +16,7 @@ import os
 import posixpath
 import random
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow as pa
 from pyarrow import fs
 
+from maskformer.untrusted import NotRegularError, escaped, open_regular
 from pipelines.errors import StorageRefusedError, StorageUnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_NOT_REGULAR = {errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.ENAMETOOLONG}  # a socket, a device, no name of a file
+_NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _AWAY = {  # of a network mount, mostly
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
@@ -122,12 +126,16 @@ class Location:
 
     def names(self) -> list[str]:
         """List the names in this folder, sorted; empty if the folder does not exist."""
+        if self.is_local:  # where a name need not be UTF-8, as pyarrow wants it
+            return retried("list", self, lambda: sorted(_listed(self.path)))
         selector = fs.FileSelector(self.path, allow_not_found=True)
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in infos)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file in this folder and in its subfolders, by the path below this folder."""
+        if self.is_local:
+            return retried("list", self, lambda: _local_sizes(self.path))
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         start = len(self.path) + 1
@@ -135,6 +143,10 @@ class Location:
 
     def size(self) -> int:
         """Return the bytes of this file, or of all files in this folder; 0 if it does not exist."""
+        if self.is_local:
+            if self._kind() == fs.FileType.File:
+                return retried("list", self, lambda: os.stat(self.path).st_size)
+            return sum(self.sizes().values())
         info = retried("list", self, lambda: self.filesystem.get_file_info(self.path))
         if info.type == fs.FileType.File:
             return info.size or 0
@@ -142,12 +154,30 @@ class Location:
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         return sum(info.size or 0 for info in infos)
 
-    def read_bytes(self) -> bytes:
-        def read() -> bytes:
-            with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
-                return file.read()
+    def read_bytes(self, limit: int | None = None) -> bytes:
+        """Return the content of this file.
 
-        return retried("read", self, read)
+        Args:
+            limit: refuse a file of more bytes, of which no more are read.
+
+        Raises:
+            StorageRefusedError: it is no regular file, such as a FIFO, or it has more bytes than `limit`.
+        """
+
+        def read() -> bytes:
+            if self.is_local:
+                with open_regular(self.path) as file:
+                    return file.read(-1 if limit is None else limit + 1)
+            with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
+                return file.read(None if limit is None else limit + 1)
+
+        content = retried("read", self, read)
+        if limit is not None and len(content) > limit:
+            raise StorageRefusedError(
+                f"{escaped(self.uri)} has more than {limit:,} bytes, which are the most that are read of such a file. "
+                f"Make it smaller."
+            )
+        return content
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
@@ -163,7 +193,7 @@ class Location:
 
         def read() -> bytes:
             if self.is_local:
-                with open(self.path, "rb") as file:
+                with open_regular(self.path) as file:
                     return os.pread(file.fileno(), length, offset)
             try:
                 return _opened(self.uri, _settings()).read_at(length, offset)
@@ -237,6 +267,8 @@ class Location:
         retried("delete", self, delete)
 
     def _kind(self) -> fs.FileType:
+        if self.is_local:
+            return retried("access", self, lambda: _local_kind(self.path))
         return retried("access", self, lambda: self.filesystem.get_file_info(self.path).type)
 
 
@@ -260,6 +292,49 @@ class _Hashed(io.RawIOBase):
         size = memoryview(data).nbytes
         self.bytes += size
         return size
+
+
+def _local_kind(path: str) -> fs.FileType:
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # such as a NUL in the name
+        return fs.FileType.NotFound
+    except OSError as error:
+        if error.errno in _NO_SUCH_NAME:
+            return fs.FileType.NotFound
+        raise
+    if stat.S_ISDIR(mode):
+        return fs.FileType.Directory
+    return fs.FileType.File if stat.S_ISREG(mode) else fs.FileType.Unknown
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except FileNotFoundError:
+        return []
+
+
+def _local_sizes(root: str) -> dict[str, int]:
+    """Return the bytes of each file below a folder. Links are followed, but no folder is listed twice."""
+    sizes: dict[str, int] = {}
+    seen: set[tuple[int, int]] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        for path in (os.path.join(folder, name) for name in files):
+            try:
+                state = os.stat(path)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_NAME:  # a link to nothing, or a file that was deleted meanwhile
+                    raise
+            else:
+                if stat.S_ISREG(state.st_mode):
+                    sizes[os.path.relpath(path, root)] = state.st_size
+    return sizes
 
 
 def _replace(target: Path, fill: Callable[[BinaryIO], T]) -> T:
@@ -353,6 +428,10 @@ def _explained(error: OSError, action: str, uri: str) -> StorageRefusedError | N
     if is_remote(uri):
         if _FROM_S3.search(str(error)):
             return StorageRefusedError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
+    elif isinstance(error, NotRegularError) or error.errno in _NOT_REGULAR:
+        return StorageRefusedError(
+            f"Cannot {action} {escaped(uri)}: {error.strerror}. Name a regular file, or a link to one."
+        )
     elif error.errno in _FULL:
         return StorageRefusedError(
             f"Cannot {action} {uri}: no space is left ({error.strerror}). Files written earlier stay valid. "
@@ -399,6 +478,11 @@ def locate(uri: str | os.PathLike[str]) -> Location:
         StorageUnavailableError: the bucket's region cannot be requested.
     """
     uri = absolute(os.fspath(uri))
+    if not uri.isascii():
+        try:
+            uri.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"The name {escaped(uri)} is not UTF-8. Rename the file or folder.") from None
     if not is_remote(uri):
         return Location(fs.LocalFileSystem(), uri, uri)
     scheme, _, path = uri.partition("://")
