@@ -56,6 +56,16 @@ def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     return pixels
 
 
+def image_size(content: bytes | memoryview) -> tuple[int, int]:
+    """Return height and width of an image file from its header.
+
+    Raises:
+        ValueError: it is no image that `decode_image` reads.
+    """
+    image = _opened(content, FORMATS)
+    return image.height, image.width
+
+
 def decode_panoptic(content: bytes | memoryview, size: tuple[int, int] | None = None) -> npt.NDArray[np.int32]:
     """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
 

@@ -47,7 +47,9 @@ def found_in(folder: Path, split: str = SPLIT, **limits: Any) -> Findings:
     layout, config = dataset.layout, CheckConfig(**limits)
     findings = dataset.findings
     for record in dataset.records.to_pylist():
-        findings.extend(check_record(record, layout.images, layout.panoptic, dataset.taxonomy, config).findings)
+        findings.extend(
+            check_record(record, layout.images, layout.panoptic, dataset.taxonomy, config, layout.roots).findings
+        )
     return findings
 
 
@@ -324,8 +326,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "image with alpha": (as_png(converted("RGBA", "PNG")), "image-alpha", "has an alpha channel"),
     "gray image": (write(image_file, converted("L")), "image-gray", "it is gray"),
     "rotated image": (write(image_file, rotated), "image-orientation", "EXIF orientation is 6"),
-    "huge image": (as_png(huge), "too-large", "declares more than"),
-    "huge PNG": (write(png_file, huge), "too-large", "declares more than"),
+    "huge image": (as_png(huge), "too-large", "declares too many pixels"),
+    "huge PNG": (write(png_file, huge), "too-large", "declares too many pixels"),
     "empty PNG": (write(png_file, lambda _: b""), "png-unreadable", "the file is empty"),
     "truncated PNG": (write(png_file, cut), "png-truncated", "its last chunk, IEND, is missing"),
     "gray PNG": (write(png_file, converted("L", "PNG")), "png-format", "a PNG of mode L with 8 bits"),
