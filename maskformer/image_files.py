@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from maskformer.untrusted import escaped
 
@@ -106,16 +107,18 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `max_pixels`
             image = Image.open(io.BytesIO(content), formats=list(formats))
-        tile = _tile_pixels(image)
+        extra = _extra_pixels(image)
     except UnidentifiedImageError:  # its own message has a memory address
-        raise OtherFormatError(format_of(content), formats) from None
+        if (kind := format_of(content)) in formats:
+            raise ValueError(f"the header of the {kind} is damaged") from None
+        raise OtherFormatError(kind, formats) from None
     except Image.DecompressionBombError:
         raise TooLargeError("declares too many pixels") from None
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
         raise ValueError(reason_of(error)) from error
     require_size(image, max_pixels)
-    if tile > max_pixels:
-        raise TooLargeError(f"declares tiles of {tile:,} pixels, more than {max_pixels:,}")
+    if extra > max_pixels:
+        raise TooLargeError(f"declares parts of {extra:,} pixels, more than {max_pixels:,}")
     require_few_scans(content)
     return image
 
@@ -205,6 +208,7 @@ def _stored(pixels: np.ndarray, transposed: Image.Transpose) -> np.ndarray:
 
 
 def reason_of(error: Exception) -> str:
+    """Return why a file cannot be decoded, as a part of a sentence."""
     return escaped(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
 
 
@@ -218,9 +222,11 @@ def require_size(image: Image.Image, max_pixels: int) -> None:
         raise ValueError("it has no pixels")
 
 
-def _tile_pixels(image: Image.Image) -> int:
-    """Return the pixels in a tile of a TIFF, for which its decoder allocates memory, however small the image is."""
-    if image.format != "TIFF":
-        return 0
-    tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue] -- of TIFF images only
-    return int(tags.get(322, 0)) * int(tags.get(323, 0))
+def _extra_pixels(image: Image.Image) -> int:
+    """Return for how many pixels a decoder may take memory in addition to the image's, however small it is."""
+    if isinstance(image, TiffImageFile):
+        tags = image.tag_v2
+        return int(tags.get(322, 0)) * int(tags.get(323, 0))  # a tile
+    if image.format == "BMP" and image.info.get("compression") in (1, 2):  # run lengths
+        return 255 * image.width  # they can skip so many rows, beyond the end of the image
+    return 0

@@ -56,13 +56,13 @@ def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def image_size(content: bytes | memoryview) -> tuple[int, int]:
+def image_size(content: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
     """Return height and width of an image file from its header.
 
     Raises:
-        ValueError: it is no image that `decode_image` reads.
+        ValueError: it is no image of these formats, or too large.
     """
-    image = _opened(content, FORMATS)
+    image = _opened(content, formats)
     return image.height, image.width
 
 
