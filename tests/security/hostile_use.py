@@ -1,11 +1,15 @@
 """What jobs do with data sets, packs and pictures, without Ray: called in the processes of `isolated`."""
 
+import io
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from maskformer.images import UnreadableImageError, read_image
 from pipelines.data.check_report import CheckReport
@@ -18,13 +22,34 @@ from pipelines.data.pack import PackConfig, open_output, pack
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map_type
 from pipelines.data.reading import UnusableRowError, read_files, unusable
 from pipelines.data.tasks import LoadAndResize, decoded_sample
-from pipelines.errors import UserError
 from pipelines.inference.inputs import Inputs
 from pipelines.inference.stages import Read
 from pipelines.storage import locate, set_patience
 from tests.pipelines.data.coco_folder import SPLIT
 
 REFUSALS = (ValueError, UnusableRowError)
+
+pa.set_memory_pool(pa.system_memory_pool())  # the default one reserves gigabytes of addresses, which are limited
+
+
+def use_each(function: str, calls: list[tuple[Any, ...]], output: str, programs: str = "") -> str:
+    """Call a function of this module several times; write how each call ended to a file, as JSON.
+
+    Args:
+        programs: a folder of programs, first on the path.
+    """
+    os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+    ends = []
+    for arguments in calls:
+        start = time.monotonic()
+        try:
+            kind, text = "result", globals()[function](*arguments)
+            assert text.isprintable(), text
+        except REFUSALS as error:
+            kind, text = "refused", str(error)
+        ends.append((kind, text, time.monotonic() - start))
+    Path(output).write_text(json.dumps(ends))
+    return f"{len(ends)} calls"
 
 
 def use_data_set(folder: str, **flags: str) -> str:
@@ -88,24 +113,27 @@ def _use_row(samples: PackedSet, entry: dict) -> None:
 
 
 def use_image(content: bytes) -> str:
-    """Decode a file as training does."""
-    try:
-        return str(decode_image(content).shape)
-    except ValueError as error:
-        raise UserError(f"The image cannot be used: {error}") from error
-
-
-def use_panoptic(content: bytes) -> str:
-    """Decode a file as the panoptic map of an image of 32 x 24 pixels."""
-    try:
-        return str(decode_panoptic(content, (24, 32)).shape)
-    except ValueError as error:
-        raise UserError(f"The map cannot be used: {error}") from error
+    """Decode a file as training does, and as a panoptic map."""
+    texts = []
+    for decode in (decode_image, decode_panoptic):
+        try:
+            texts.append(f"decoded: {decode(content).shape}")
+        except ValueError as error:
+            texts.append(str(error))
+    assert all(text.isprintable() and len(text) < 500 for text in texts), texts
+    return "; ".join(texts)
 
 
 def use_picture(content: bytes) -> str:
     """Read a file as the registered model does."""
     return str(read_image(content, name="x.jpg").shape)
+
+
+def use_other_decoders(content: bytes) -> str:
+    """Open a file as this project does not: with every decoder of Pillow."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+    return "decoded"
 
 
 def use_inputs(folder: str, *inputs: str) -> str:

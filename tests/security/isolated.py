@@ -22,7 +22,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("maskformer", "maskformer.checkpoint", "pipelines.checkpoints.state"),
-        *("pipelines.data.check_report", "pipelines.data.tasks", "pipelines.inference.stages"),
+        *(
+            "pipelines.data.check_report",
+            "pipelines.data.tasks",
+            "pipelines.inference.stages",
+            "tests.security.hostile_use",
+        ),
     ]
 )
 
