@@ -25,7 +25,7 @@ from maskformer.image_files import (
     require_size,
     rgb_pixels,
 )
-from maskformer.untrusted import NotRegularError, escaped, open_regular
+from maskformer.untrusted import NotRegularError, escaped, read_regular
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, the bytes of a file, a Pillow image, or RGB pixels: uint8 [H, W, 3]."""
@@ -84,8 +84,7 @@ def _content(path: Path, name: str) -> bytes:
         what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
         raise UnreadableImageError(f"{escaped(name)} {what}. Give the path of a picture.")
     try:
-        with open_regular(path) as file:
-            return file.read(MAX_BYTES + 1)
+        return read_regular(path, MAX_BYTES)
     except NotRegularError as error:
         raise UnreadableImageError(
             f"{escaped(name)} cannot be read: {error.strerror}. Give the path of a picture."
@@ -94,6 +93,8 @@ def _content(path: Path, name: str) -> bytes:
         raise UnreadableImageError(f"{escaped(name)} may not be read by this user. Change its permissions.") from error
     except OSError as error:
         raise UnreadableImageError(f"{escaped(name)} cannot be read: {error.strerror}. Read it again.") from error
+    except ValueError as error:
+        raise UnreadableImageError(f"{escaped(name)} is too large: {error}. Make it smaller.") from error
 
 
 @contextmanager

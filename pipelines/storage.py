@@ -164,15 +164,16 @@ class Location:
             StorageRefusedError: it is no regular file, such as a FIFO, or it has more bytes than `limit`.
         """
 
-        def read() -> bytes:
+        def read() -> bytes | None:
             if self.is_local:
                 with open_regular(self.path) as file:
-                    return file.read(-1 if limit is None else limit + 1)
+                    size = os.fstat(file.fileno()).st_size
+                    return file.read() if limit is None or size <= limit else None
             with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
-                return file.read(None if limit is None else limit + 1)
+                return file.read() if limit is None or file.size() <= limit else None
 
         content = retried("read", self, read)
-        if limit is not None and len(content) > limit:
+        if content is None:
             raise StorageRefusedError(
                 f"{escaped(self.uri)} has more than {limit:,} bytes, which are the most that are read of such a file. "
                 f"Make it smaller."

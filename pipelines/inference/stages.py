@@ -92,8 +92,7 @@ class Read:
         try:
             with patience(_PATIENCE):
                 if not item["video"]:
-                    with self._open(source, MAX_BYTES) as opened:
-                        file = opened.read(MAX_BYTES + 1)
+                    file = self._content(source)
                     yield self._read(item, item["name"], -1, file, read_image(file, name=escaped(source)))
                     return
                 done = set(item["done"])
@@ -110,12 +109,24 @@ class Read:
         except OSError as error:
             yield {**_row(item, item["name"]), "reason": f"{escaped(source)} cannot be read: {error.strerror}."}
 
-    def _open(self, source: str, limit: int | None = None) -> BinaryIO:
-        """Open a file; an object is read into memory as a whole, if it has at most `limit` bytes."""
+    def _content(self, source: str) -> bytes:
+        """Return the bytes of a picture."""
         if is_remote(source):
-            parts = source.split("/", 3)
-            store = self.stores.get("/".join(parts[:3]))
-            return io.BytesIO((locate(source) if store is None else store / parts[3]).read_bytes(limit))
+            return self._object(source).read_bytes(MAX_BYTES)
+        with self._open(source) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise UnreadableImageError(f"{escaped(source)} has {size:,} bytes, more than {MAX_BYTES:,}.")
+            return file.read()
+
+    def _object(self, source: str) -> Location:
+        parts = source.split("/", 3)
+        store = self.stores.get("/".join(parts[:3]))
+        return locate(source) if store is None else store / parts[3]
+
+    def _open(self, source: str) -> BinaryIO:
+        """Open a file; an object is read into memory as a whole."""
+        if is_remote(source):
+            return io.BytesIO(self._object(source).read_bytes())
         if not os.path.lexists(source):
             raise FileNotFoundError
         if not os.path.isfile(source):

@@ -117,7 +117,7 @@ def use_image(content: bytes) -> str:
     texts = []
     for decode in (decode_image, decode_panoptic):
         try:
-            texts.append(f"decoded: {decode(content).shape}")
+            texts.append(f"good: {decode(content).shape}")
         except ValueError as error:
             texts.append(str(error))
     assert all(text.isprintable() and len(text) < 500 for text in texts), texts
