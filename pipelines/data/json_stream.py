@@ -133,8 +133,11 @@ class _Text:
             except json.JSONDecodeError as error:
                 if len(self._text) - start > _LONGEST:
                     self.fail(f"A value of more than {_LONGEST:,} characters, or an error in it,")
+                wanted = 2 * (len(self._text) - start)  # so that a long value is not read again for each piece
                 if not self._more():
                     self.fail(error.msg, self._at + error.pos - start)
+                while len(self._text) < min(wanted, _LONGEST) and self._more():
+                    pass
             except RecursionError:
                 self.fail("Lists and objects nested too deeply (recursion)")
             except ValueError:
