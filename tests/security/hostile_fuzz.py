@@ -1,4 +1,4 @@
-"""Mutated files of every format of data sets and packs, used in one process: `fuzz` is called in those of `isolated`."""
+"""Mutated files of every format of data sets and packs; `fuzz` is called in the processes of `isolated`."""
 
 import json
 import shutil

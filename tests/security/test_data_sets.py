@@ -340,7 +340,8 @@ def ends_of(function: str, calls: list[tuple[Any, ...]], tmp_path: Path, program
     outcome = run(use_each, function, calls, str(output), str(programs), refusals=REFUSALS)
     outcome.require_clean()
     assert outcome.kind == "result", outcome
-    return [Outcome(*end, outcome.memory) for end in json.loads(output.read_text())]
+    ends = json.loads(output.read_text())
+    return [Outcome(kind, text, seconds, outcome.memory) for kind, text, seconds in ends]
 
 
 def require(outcome: Outcome, expected: str, name: str = "") -> None:
@@ -510,7 +511,7 @@ def test_pictures_that_are_no_files(tmp_path: Path) -> None:
         (folder / "list.txt").write_bytes(b"x.jpg\n")
         (folder / "good.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
         calls += [(name, str(folder), given) for given in ("x.jpg", "@list.txt", "@x.jpg", str(folder))]
-    ends = ends_of("use_inputs", [arguments for _, *arguments in calls], tmp_path)
+    ends = ends_of("use_inputs", [(folder, given) for _, folder, given in calls], tmp_path)
     for (name, folder, given), outcome in zip(calls, ends, strict=True):
         outcome.require_clean()
         if given != folder and (name, given) != ("a folder", "x.jpg"):
