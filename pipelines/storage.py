@@ -41,7 +41,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 _NOT_REGULAR = {errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.ENAMETOOLONG}  # a socket, a device, no name of a file
-_NO_SUCH_NAME = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG}
+_NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _AWAY = {  # of a network mount, mostly
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
@@ -313,6 +313,10 @@ def _listed(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        if os.path.exists(path):
+            raise
         return []
 
 

@@ -67,8 +67,8 @@ def fuzz(kind: str, count: int, seed: int, coco: str, packed: str, scratch: str)
             use(some)
         except REFUSALS as error:
             refused += 1
-            assert str(error).isprintable(), (kind, seed, number, str(error))
-            assert 20 < len(str(error)) < 2000, (kind, seed, number, str(error))
+            if not str(error).isprintable() or not 20 < len(str(error)) < 2000:
+                raise AssertionError(f"{kind}, seed {seed}, number {number}: {error!r}") from error
         except BaseException as error:
             raise AssertionError(f"{kind}, seed {seed}, number {number}: {type(error).__name__}: {error}") from error
         assert time.monotonic() - start < _SECONDS, (kind, seed, number)
