@@ -39,8 +39,8 @@ class PrepareData:
     """Warn of images of which a larger share is void."""
     min_images_per_class: int = 0
     """Warn of classes that fewer images have; 0: of none."""
-    max_megapixels: float = 100
-    """Refuse files of more pixels, in millions, before they are decoded."""
+    max_megapixels: float = 52
+    """Refuse files of more pixels, in millions, before they are decoded; WebP and CMYK of more than half of them."""
     images: str | None = None
     """Folder of the images, if it is not {input}/{split}."""
     annotations: str | None = None

@@ -4,28 +4,31 @@ The pictures of a data set are read without their EXIF orientation (`pipelines.d
 drawn on the stored pixels. Letters: H W image.
 """
 
-import io
-import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from maskformer.untrusted import escaped
+from maskformer.image_files import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    OtherFormatError,
+    TooLargeError,
+    load_image,
+    open_image,
+    reason_of,
+    require_size,
+    rgb_pixels,
+)
+from maskformer.untrusted import NotRegularError, escaped, read_regular
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, the bytes of a file, a Pillow image, or RGB pixels: uint8 [H, W, 3]."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Formats that are read, by Pillow's names. Others would give more code access to files that nobody has checked. Of
-several pictures in a file the first is read; JPEG includes MPO, which has several."""
-
-MAX_PIXELS = 100_000_000
-"""Pixels that a file may declare, which take 300 MB."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,7 +54,8 @@ def read_image(source: ImageSource, *, name: str = "", max_pixels: int = MAX_PIX
 
     Args:
         name: of the picture, for messages; by default its path.
-        max_pixels: refuse a file that declares more, before it is decoded.
+        max_pixels: refuse a file that declares more, before it is decoded; half of them for WebP and CMYK, which take
+            twice the memory.
 
     Raises:
         UnreadableImageError: it does not exist, is damaged, too large or of another format, or its values have no known
@@ -66,66 +70,58 @@ def read_image(source: ImageSource, *, name: str = "", max_pixels: int = MAX_PIX
     if isinstance(source, Image.Image):
         name = name or str(getattr(source, "filename", "")) or "The image"
         with _explained(name):
-            return _pixels(source, name, max_pixels)
-    if not isinstance(source, bytes):
-        path = Path(source)
-        name = name or str(path)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise UnreadableImageError(f"{escaped(name)} {what}. Give the path of a picture.")
-    name = name or "The image"
-    with _explained(name), _opened(source) as image:
-        return _pixels(image, name, max_pixels)
+            require_size(source, max_pixels)
+            return _pixels(source, name)
+    content = source if isinstance(source, bytes) else _content(Path(source), name or str(source))
+    name = name or ("The image" if isinstance(source, bytes) else str(Path(source)))
+    with _explained(name), open_image(content, max_pixels=max_pixels) as image:
+        return _pixels(image, name)
 
 
-@contextmanager
-def _opened(source: str | Path | bytes) -> Generator[Image.Image]:
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `max_pixels`
-        opened = Image.open(file, formats=FORMATS)
-    with opened:
-        yield opened
+def _content(path: Path, name: str) -> bytes:
+    """Return the bytes of a regular file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        raise UnreadableImageError(f"{escaped(name)} {what}. Give the path of a picture.")
+    try:
+        return read_regular(path, MAX_BYTES)
+    except NotRegularError as error:
+        raise UnreadableImageError(
+            f"{escaped(name)} cannot be read: {error.strerror}. Give the path of a picture."
+        ) from error
+    except PermissionError as error:
+        raise UnreadableImageError(f"{escaped(name)} may not be read by this user. Change its permissions.") from error
+    except OSError as error:
+        raise UnreadableImageError(f"{escaped(name)} cannot be read: {error.strerror}. Read it again.") from error
+    except ValueError as error:
+        raise UnreadableImageError(f"{escaped(name)} is too large: {error}. Make it smaller.") from error
 
 
 @contextmanager
 def _explained(name: str) -> Generator[None]:
-    """Turn what Pillow raises for a file that it cannot read into one kind of error, which names the file."""
+    """Turn what is raised for a file that cannot be read into one kind of error, which names the file."""
     try:
         yield
-    except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise UnreadableImageError(
-            f"{escaped(name)} is no picture of a known format ({known}). Convert it to JPEG or PNG."
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"{escaped(name)} declares too many pixels. Make it smaller.") from error
-    except PermissionError as error:
-        raise UnreadableImageError(f"{escaped(name)} may not be read by this user. Change its permissions.") from error
     except UnreadableImageError:
         raise
-    except Exception as error:  # Pillow's decoders raise many types for a damaged file
-        reason = escaped(" ".join(str(error).split())[:200]) or type(error).__name__
+    except OtherFormatError as error:
+        what = f"has the format {error.kind}, so it is" if error.kind else "is"
+        known = ", ".join(FORMATS)
         raise UnreadableImageError(
-            f"{escaped(name)} cannot be decoded ({reason}). Replace it by an undamaged copy."
+            f"{escaped(name)} {what} no picture of a known format ({known}). Convert it to JPEG or PNG."
+        ) from None
+    except TooLargeError as error:
+        raise UnreadableImageError(f"{escaped(name)} {error}. Make it smaller, or raise max_pixels.") from None
+    except Exception as error:  # Pillow's decoders raise many types for a damaged file
+        raise UnreadableImageError(
+            f"{escaped(name)} cannot be decoded ({reason_of(error)}). Replace it by an undamaged copy."
         ) from error
 
 
-def _pixels(image: Image.Image, name: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise UnreadableImageError(
-            f"{escaped(name)} has {width} x {height} pixels, more than {max_pixels:,}. Make it smaller, or "
-            f"raise max_pixels."
-        )
-    if 0 in image.size:
-        raise UnreadableImageError(f"{escaped(name)} has no pixels. Give a picture.")
-    image.load()
+def _pixels(image: Image.Image, name: str) -> UInt8[np.ndarray, "H W 3"]:
+    load_image(image)
     orientation = _orientation(image)  # after loading, since Pillow turns a TIFF upright itself
-    upright = _rgb(image, name)
-    if orientation in _UPRIGHT:
-        upright = upright.transpose(_UPRIGHT[orientation])
-    return np.array(upright)  # a copy, since Pillow's own buffer is read-only
+    return rgb_pixels(image, _to_rgb(image, name), _UPRIGHT.get(orientation))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -135,17 +131,24 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Callable[[Image.Image], Image.Image] | None:
+    """Return the conversion of a part of the image to RGB; None for Pillow's own."""
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
-        gray = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(np.clip(gray + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+        return _scaled
     if mode in ("I", "F", "LAB"):
         raise UnreadableImageError(
             f"{escaped(name)} has pixels of mode {mode}, whose values have no known range. Convert it to 8 or 16 bits."
         )
-    if image.has_transparency_data:
-        over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, over).convert("RGB")
-    return image if mode == "RGB" else image.convert("RGB")
+    return _on_white if image.has_transparency_data else None
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray to 8 bits."""
+    gray = np.asarray(image).astype(np.float32) / 257
+    return Image.fromarray(np.clip(gray + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")

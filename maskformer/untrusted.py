@@ -42,6 +42,21 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        ValueError: it is larger, and was not read.
+        OSError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= limit else b""  # not `limit`, for which memory would be taken
+    if max(size, len(content)) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return content
+
+
 def parse_json(content: str | bytes | bytearray | memoryview) -> Any:
     """Return the value of a JSON text.
 

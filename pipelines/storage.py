@@ -16,6 +16,7 @@ import os
 import posixpath
 import random
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_NOT_REGULAR = {errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.ENAMETOOLONG}  # a socket, a device, no name of a file
+_NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _AWAY = {  # of a network mount, mostly
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED),
@@ -131,12 +134,16 @@ class Location:
 
     def names(self) -> list[str]:
         """List the names in this folder, sorted; empty if the folder does not exist."""
+        if self.is_local:  # where a name need not be UTF-8, as pyarrow wants it
+            return retried("list", self, lambda: sorted(_listed(self.path)))
         selector = fs.FileSelector(self.path, allow_not_found=True)
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in infos)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file in this folder and in its subfolders, by the path below this folder."""
+        if self.is_local:
+            return retried("list", self, lambda: _local_sizes(self.path))
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         start = len(self.path) + 1
@@ -144,6 +151,10 @@ class Location:
 
     def size(self) -> int:
         """Return the bytes of this file, or of all files in this folder; 0 if it does not exist."""
+        if self.is_local:
+            if self._kind() == fs.FileType.File:
+                return retried("list", self, lambda: os.stat(self.path).st_size)
+            return sum(self.sizes().values())
         info = retried("list", self, lambda: self.filesystem.get_file_info(self.path))
         if info.type == fs.FileType.File:
             return info.size or 0
@@ -151,15 +162,31 @@ class Location:
         infos = retried("list", self, lambda: self.filesystem.get_file_info(selector))
         return sum(info.size or 0 for info in infos)
 
-    def read_bytes(self) -> bytes:
-        def read() -> bytes:
+    def read_bytes(self, limit: int | None = None) -> bytes:
+        """Return the content of this file.
+
+        Args:
+            limit: refuse a file of more bytes, of which no more are read.
+
+        Raises:
+            StorageRefusedError: it is no regular file, such as a FIFO, or it has more bytes than `limit`.
+        """
+
+        def read() -> bytes | None:
             if self.is_local:
                 with open_regular(self.path) as file:
-                    return file.read()
+                    size = os.fstat(file.fileno()).st_size
+                    return file.read() if limit is None or size <= limit else None
             with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
-                return file.read()
+                return file.read() if limit is None or file.size() <= limit else None
 
-        return retried("read", self, read)
+        content = retried("read", self, read)
+        if content is None:
+            raise StorageRefusedError(
+                f"{escaped(self.uri)} has more than {limit:,} bytes, which are the most that are read of such a file. "
+                f"Make it smaller."
+            )
+        return content
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
@@ -249,6 +276,8 @@ class Location:
         retried("delete", self, delete)
 
     def _kind(self) -> fs.FileType:
+        if self.is_local:
+            return retried("access", self, lambda: _local_kind(self.path))
         return retried("access", self, lambda: self.filesystem.get_file_info(self.path).type)
 
 
@@ -272,6 +301,53 @@ class _Hashed(io.RawIOBase):
         size = memoryview(data).nbytes
         self.bytes += size
         return size
+
+
+def _local_kind(path: str) -> fs.FileType:
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # such as a NUL in the name
+        return fs.FileType.NotFound
+    except OSError as error:
+        if error.errno in _NO_SUCH_NAME:
+            return fs.FileType.NotFound
+        raise
+    if stat.S_ISDIR(mode):
+        return fs.FileType.Directory
+    return fs.FileType.File if stat.S_ISREG(mode) else fs.FileType.Unknown
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        if os.path.exists(path):
+            raise
+        return []
+
+
+def _local_sizes(root: str) -> dict[str, int]:
+    """Return the bytes of each file below a folder. Links are followed, but no folder is listed twice."""
+    sizes: dict[str, int] = {}
+    seen: set[tuple[int, int]] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        for path in (os.path.join(folder, name) for name in files):
+            try:
+                state = os.stat(path)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_NAME:  # a link to nothing, or a file that was deleted meanwhile
+                    raise
+            else:
+                if stat.S_ISREG(state.st_mode):
+                    sizes[os.path.relpath(path, root)] = state.st_size
+    return sizes
 
 
 def _replace(target: Path, fill: Callable[[BinaryIO], T]) -> T:
@@ -365,8 +441,10 @@ def _explained(error: OSError, action: str, uri: str) -> StorageRefusedError | N
     if is_remote(uri):
         if _FROM_S3.search(str(error)):
             return StorageRefusedError(f"Cannot {action} {uri}: {_one_line(error)}. {_credentials_hint()}")
-    elif isinstance(error, NotRegularError):
-        return StorageRefusedError(f"Cannot {action} {uri}: {error.strerror}. Give the path of a file.")
+    elif isinstance(error, NotRegularError) or error.errno in _NOT_REGULAR:
+        return StorageRefusedError(
+            f"Cannot {action} {escaped(uri)}: {error.strerror}. Name a regular file, or a link to one."
+        )
     elif error.errno in _FULL:
         return StorageRefusedError(
             f"Cannot {action} {uri}: no space is left ({error.strerror}). Files written earlier stay valid. "

@@ -49,7 +49,8 @@ def main() -> None:
         repeat(CocoLayout.find(flags.input, flags.split), folder / "coco", flags.images)
         dataset = read_coco(CocoLayout.find(f"{folder}/coco", "all"))
         few = dataset.without(dataset.records["image_id"].to_pylist()[128:])
-        check = CheckImages(dataset.layout.images, dataset.layout.panoptic, dataset.taxonomy, CheckConfig())
+        layout = dataset.layout
+        check = CheckImages(layout.images, layout.panoptic, dataset.taxonomy, CheckConfig(), layout.roots)
         config = PackConfig(shard_megabytes=16)  # so that each CPU has several
         single = {
             "check": _rate(len(few.records), lambda: check(few.records)),

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from maskformer.image_files import MAX_BYTES
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.checks import CheckConfig, check_record
 from pipelines.errors import StorageRefusedError
@@ -34,11 +35,12 @@ class CheckImages:
     panoptic: Location
     taxonomy: Taxonomy
     config: CheckConfig
+    roots: tuple[str, ...]
 
     def __call__(self, records: pa.Table) -> pa.Table:
         with patience(_PATIENCE):
             found = [
-                check_record(record, self.images, self.panoptic, self.taxonomy, self.config)
+                check_record(record, self.images, self.panoptic, self.taxonomy, self.config, self.roots)
                 for record in records.to_pylist()
             ]
         return pa.Table.from_pylist([asdict(checked) for checked in found], schema=CHECKED)
@@ -58,6 +60,6 @@ class HashFiles:
 
     def _sha256(self, name: str) -> str:
         try:
-            return sha256((self.folder / name).read_bytes())
+            return sha256((self.folder / name).read_bytes(MAX_BYTES))
         except (FileNotFoundError, StorageRefusedError):
             return ""  # checked when its own split is

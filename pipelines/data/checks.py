@@ -3,7 +3,6 @@
 Everything here is a function of one RECORD row and the two files.
 """
 
-import io
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
@@ -14,27 +13,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from maskformer.coco_format import decode_ids
+from maskformer.image_files import MAX_PIXELS, OtherFormatError, TooLargeError, load_image, open_image
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import escaped
+from pipelines.data.files import FileOutsideError, NameOutsideError, read_file
 from pipelines.data.findings import CODES, Finding
-from pipelines.data.pixels import MAX_SEGMENTS, pixel_runs
+from pipelines.data.pixels import FORMATS, MAX_SEGMENTS, panoptic_ids, pixel_runs
 from pipelines.errors import StorageRefusedError, UserError
 from pipelines.storage import Location, sha256
 
-_FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe"), "PNG": (".png",), "WEBP": (".webp",)}
-_STARTS = {  # how files of other kinds begin
-    b"\xff\xd8\xff": "a JPEG",
-    b"\x89PNG": "a PNG",
-    b"RIFF": "a WebP",
-    b"GIF8": "a GIF",
-    b"BM": "a BMP",
-    b"II*\0": "a TIFF",
-    b"MM\0*": "a TIFF",
+_EXTENSIONS = {"JPEG": (".jpg", ".jpeg", ".jpe"), "PNG": (".png",), "WEBP": (".webp",)}
+_TEXTS = {  # how files begin that are no images
     b"<": "an HTML or XML text, perhaps the answer of a failed download",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
 }
+_MAX_IDS = 2 * MAX_SEGMENTS
+_MAX_FINDINGS = 1000
+"""Findings of each code about one file, so that a file with millions of faults does not fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ class CheckConfig:
     """Warn of images of which a larger share is void."""
     min_images_per_class: int = 0
     """Warn of classes that fewer images have, not counting crowds. 0: of none."""
-    max_megapixels: float = 100
+    max_megapixels: float = MAX_PIXELS / 1e6
     """Refuse files that declare more pixels, in millions, before they are decoded."""
 
     def __post_init__(self) -> None:
@@ -53,8 +50,12 @@ class CheckConfig:
             raise UserError(f"--max-void-share must lie in 0..1, got {self.max_void_share}; use 0.5.")
         if self.min_images_per_class < 0:
             raise UserError(f"--min-images-per-class must be at least 0, got {self.min_images_per_class}; 0 is off.")
-        if not self.max_megapixels > 0:
-            raise UserError(f"--max-megapixels must be above 0, got {self.max_megapixels}; use 100.")
+        most = MAX_PIXELS / 1e6
+        if not 0 < self.max_megapixels <= most:
+            raise UserError(
+                f"--max-megapixels must be above 0 and at most {most:g}, got {self.max_megapixels:g}; larger images "
+                f"are not decoded anywhere in this program."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class Checked:
 
 
 def check_record(
-    record: Mapping[str, Any], images: Location, panoptic: Location, taxonomy: Taxonomy, config: CheckConfig
+    record: Mapping[str, Any],
+    images: Location,
+    panoptic: Location,
+    taxonomy: Taxonomy,
+    config: CheckConfig,
+    roots: tuple[str, ...],
 ) -> Checked:
     """Return all findings about one image. A file that is missing or unreadable is a finding.
 
@@ -77,13 +83,14 @@ def check_record(
         record: a row of RECORD.
         images: folder of the images.
         panoptic: folder of the PNGs.
+        roots: folders in which the files must really be, see `CocoLayout.roots`.
 
     Raises:
         StorageUnavailableError: the storage does not answer.
     """
     size = (record["width"], record["height"])
-    image = _File(images, record["image_file"], record["image_id"], "image")
-    png = _File(panoptic, record["panoptic_file"], record["image_id"], "png")
+    image = _File(images, record["image_file"], record["image_id"], "image", roots)
+    png = _File(panoptic, record["panoptic_file"], record["image_id"], "png", roots)
     content = image.read()
     digest = sha256(content) if content is not None else ""
     if content is not None:
@@ -99,23 +106,27 @@ def check_record(
 class _File:
     """A file of an image, and the findings about it."""
 
-    def __init__(self, folder: Location, name: str, image_id: int, kind: str) -> None:
-        self.name, self.location, self._kind = name, folder / name, kind
-        self._at = partial(Finding, file=str(self.location), image_id=image_id)
+    def __init__(self, folder: Location, name: str, image_id: int, kind: str, roots: tuple[str, ...]) -> None:
+        self.name, self.folder, self._kind, self._roots = name, folder, kind, roots
+        self._at = partial(Finding, file=str(folder / name), image_id=image_id)
+        self._count: Counter[str] = Counter()
         self.findings: list[Finding] = []
 
     def add(self, code: str, what: str, segment_id: int | None = None) -> None:
         """Add a finding; "-size" stands for "image-size" or "png-size"."""
         code = f"{self._kind}{code}" if code.startswith("-") else code
-        self.findings.append(self._at(code=code, segment_id=segment_id, what=what))
+        self._count[code] += 1
+        if self._count[code] <= _MAX_FINDINGS:
+            self.findings.append(self._at(code=code, segment_id=segment_id, what=what))
 
     def read(self) -> bytes | None:
         """Return the bytes of the file, or None and a finding."""
-        if self.name.startswith(("/", "\\")) or ".." in self.name.replace("\\", "/").split("/"):
-            self.add("name-outside", f"the file name {self.name!r} leaves the folder")
-            return None
         try:
-            return self.location.read_bytes()
+            return read_file(self.folder, self.name, self._roots)
+        except NameOutsideError:
+            self.add("name-outside", f"the file name {self.name!r} leaves the folder")
+        except FileOutsideError:
+            self.add("file-outside", "a link leads out of the data set's folders")
         except FileNotFoundError:
             self.add("-missing", "the file does not exist")
         except (StorageRefusedError, OSError) as error:
@@ -125,28 +136,20 @@ class _File:
     def open(self, content: bytes, formats: tuple[str, ...], config: CheckConfig) -> Image.Image | None:
         """Read the header; return None and a finding if that fails or it declares too many pixels."""
         try:
-            image = Image.open(io.BytesIO(content), formats=formats)
-            pixels = image.width * image.height
-        except Image.DecompressionBombError:
-            self.add("too-large", f"the file declares more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels")
-            return None
-        except UnidentifiedImageError:  # its own message has a memory address
-            kind = next((kind for start, kind in _STARTS.items() if content.startswith(start)), "")
+            return open_image(content, formats, int(config.max_megapixels * 1e6))
+        except TooLargeError as error:
+            self.add("too-large", f"the file {error}")
+        except OtherFormatError as error:
+            text = next((kind for start, kind in _TEXTS.items() if content.startswith(start)), "")
             if not content:
                 self.add("-unreadable", "the file is empty")
-            elif kind and kind not in (_article(name) for name in formats):
-                self.add("-format", f"it is {kind}")
+            elif text or (error.kind and error.kind not in formats):
+                self.add("-format", f"it is {text or _article(error.kind)}")
             else:
                 self.add("-unreadable", f"its header is not that of {' or '.join(map(_article, formats))}")
-            return None
-        # Pillow raises SyntaxError for broken PNG chunks.
-        except (OSError, SyntaxError, ValueError) as error:
+        except ValueError as error:
             self.add("-unreadable", f"its header cannot be read ({_one_line(error)})")
-            return None
-        if pixels > config.max_megapixels * 1e6:
-            self.add("too-large", f"the file declares {image.width} x {image.height} pixels")
-            return None
-        return image
+        return None
 
     def load(self, image: Image.Image, content: bytes) -> bool:
         """Decode the pixels; return False and a finding if that fails."""
@@ -154,15 +157,15 @@ class _File:
             self.add("-truncated", "its last chunk, IEND, is missing")
             return False
         try:
-            image.load()
-        except (OSError, SyntaxError, ValueError, IndexError) as error:
-            self.add("-truncated", f"it cannot be decoded ({_one_line(error)})")
+            load_image(image)
+        except ValueError as error:
+            self.add("-truncated", f"it cannot be decoded ({error})")
             return False
         return True
 
 
 def _check_image(file: _File, content: bytes, size: tuple[int, int], config: CheckConfig) -> None:
-    image = file.open(content, tuple(_FORMATS), config)
+    image = file.open(content, FORMATS, config)
     if image is None:
         return
     if image.size != size:
@@ -172,7 +175,7 @@ def _check_image(file: _File, content: bytes, size: tuple[int, int], config: Che
     # A JPEG with several pictures, as some phones write it, is a JPEG too.
     kind = "JPEG" if image.format == "MPO" else image.format or ""
     extension = posixpath.splitext(file.name)[1].lower()
-    if extension not in _FORMATS[kind]:
+    if extension not in _EXTENSIONS[kind]:
         file.add("-extension", f"it is {_article(kind)}, and its name ends in {extension!r}")
     mode = image.mode
     if mode.startswith(("I", "F")) or (kind == "PNG" and _png_depth(content) == 16):
@@ -185,7 +188,8 @@ def _check_image(file: _File, content: bytes, size: tuple[int, int], config: Che
         file.add("-alpha", "it has an alpha channel")
     elif mode in ("1", "L"):
         file.add("-gray", "it is gray")
-    image.draft("L", (1, 1))  # a JPEG is then read to its end without computing its colors, in a third of the time
+    with suppress(Exception):  # a damaged JPEG, which loading explains
+        image.draft("L", (1, 1))  # a JPEG is then read to its end without computing its colors, in a third of the time
     if file.load(image, content):
         orientation = None
         with suppress(Exception):  # damaged EXIF, which nothing reads, makes Pillow raise errors of many kinds
@@ -236,7 +240,7 @@ def _check_png(file: _File, content: bytes, size: tuple[int, int], config: Check
         what = f"the PNG is {image.width} x {image.height}, but the image {size[0]} x {size[1]} in the JSON"
         file.add("-size", what)
         return None
-    return decode_ids(np.asarray(image)) if file.load(image, content) else None
+    return panoptic_ids(image) if file.load(image, content) else None
 
 
 def _check_pixels(
@@ -246,7 +250,11 @@ def _check_pixels(
     taxonomy: Taxonomy,
     config: CheckConfig,
 ) -> None:
-    areas, boxes = _measure(ids)
+    try:
+        areas, boxes = _measure(ids)
+    except ValueError as error:
+        file.add("-too-fine", str(error))
+        return
     listed = {segment["id"] for segment in segments}
     if None not in listed:  # otherwise the pixels may be those of a segment whose id is reported already
         for identifier in sorted(areas.keys() - listed - {0}):
@@ -277,9 +285,15 @@ def _check_pixels(
 
 
 def _measure(ids: npt.NDArray[np.int32]) -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Return the area in pixels and the bounding box [x, y, width, height] of each id."""
+    """Return the area in pixels and the bounding box [x, y, width, height] of each id.
+
+    Raises:
+        ValueError: there are more runs or ids than in a map of segments.
+    """
     values, which, runs = pixel_runs(ids)
     count = len(values)
+    if count > _MAX_IDS:
+        raise ValueError(f"it has {count:,} ids, more than {_MAX_IDS:,}, so it is no map of segments")
     left, top = np.full(count, ids.shape[1]), np.full(count, ids.shape[0])
     right, bottom, area = np.zeros(count, int), np.zeros(count, int), np.zeros(count, int)
     np.minimum.at(left, which, runs.x)
@@ -299,7 +313,7 @@ def _png_depth(content: bytes) -> int:
 
 
 def _article(kind: str) -> str:
-    return f"a {'WebP' if kind == 'WEBP' else kind}"
+    return f"{'an' if kind[0] in 'AEI' else 'a'} {'WebP' if kind == 'WEBP' else kind}"
 
 
 def _numbers(box: list[float]) -> list[float]:
@@ -307,4 +321,4 @@ def _numbers(box: list[float]) -> list[float]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return escaped(" ".join(str(error).split()).rstrip("."), 300)

@@ -14,7 +14,15 @@ import pyarrow as pa
 from maskformer.taxonomy import Taxonomy
 from maskformer.untrusted import escaped
 from pipelines.data.classes import ClassMap
-from pipelines.data.coco_entries import Report, annotation_row, image_row, read_categories
+from pipelines.data.coco_entries import (
+    MAX_CATEGORIES,
+    Report,
+    annotation_row,
+    category_entry,
+    image_row,
+    read_categories,
+)
+from pipelines.data.files import is_inside, is_name_inside, resolved
 from pipelines.data.findings import Findings
 from pipelines.data.json_stream import JsonLists
 from pipelines.data.schema import RECORD
@@ -23,7 +31,7 @@ from pipelines.storage import Location, locate
 
 _IMAGE = pa.schema([RECORD.field(name) for name in ("image_id", "image_file", "height", "width")])
 _ANNOTATION = pa.schema([RECORD.field(name) for name in ("image_id", "panoptic_file", "segments")])
-_ROWS_PER_BATCH = 1024
+_ROWS_PER_BATCH, _SEGMENTS_PER_BATCH = 1024, 2**17
 _FILES_TO_LOOK_FOR = 16
 
 
@@ -35,6 +43,9 @@ class CocoLayout:
     images: Location
     annotations: Location
     panoptic: Location
+    roots: tuple[str, ...]
+    """Folders in which images and PNGs must really be: the data set's and those of the images and PNGs, all without
+    links."""
 
     @classmethod
     def find(
@@ -55,7 +66,7 @@ class CocoLayout:
             panoptic: folder of the PNGs, by default `annotations/panoptic_{split}/` or `panoptic_{split}/`.
 
         Raises:
-            UserError: one of them does not exist.
+            UserError: one of them does not exist, or a link leads out of the folder to one that is not named.
         """
         root = locate(folder)
         if not root.is_dir():
@@ -66,16 +77,26 @@ class CocoLayout:
         file = locate(annotations) if annotations is not None else default / f"panoptic_{split}.json"
         if not file.exists() or file.is_dir():
             raise UserError(f"There is no annotation file {file}; check --split, or name the file with --annotations.")
+        image_folder = _folder(images, [root / split], "images", "--images")
+        png_folder = _folder(
+            panoptic, [default / f"panoptic_{split}", root / f"panoptic_{split}"], "panoptic PNGs", "--panoptic"
+        )
+        for given, found, flag in (
+            (images, image_folder, "--images"),
+            (annotations, file, "--annotations"),
+            (panoptic, png_folder, "--panoptic"),
+        ):
+            if given is None and not is_inside(real := resolved(found), (resolved(root),)):
+                raise UserError(
+                    f"{escaped(found)} is a link that leads out of the data set's folder, to {escaped(real)}. If that "
+                    f"is what you want to read, add {flag} {escaped(real)}."
+                )
         return cls(
             split=split,
-            images=_folder(images, [root / split], "images", "--images"),
+            images=image_folder,
             annotations=file,
-            panoptic=_folder(
-                panoptic,
-                [default / f"panoptic_{split}", root / f"panoptic_{split}"],
-                "panoptic PNGs",
-                "--panoptic",
-            ),
+            panoptic=png_folder,
+            roots=tuple(resolved(folder) for folder in (root, image_folder, png_folder)),
         )
 
 
@@ -131,7 +152,11 @@ def read_coco(layout: CocoLayout, classes: Location | None = None) -> CocoDatase
                 _refuse_other_kinds(entry, layout)
             annotations.append(annotation_row(entry, number, report))
         elif part == "categories":
-            categories.append(entry)
+            if number == MAX_CATEGORIES:
+                raise UserError(
+                    f"{escaped(layout.annotations)} has more than {MAX_CATEGORIES:,} categories; merge or remove some."
+                )
+            categories.append(category_entry(entry))
     _require_lists(document, layout)
     class_map = _changed_classes(classes, categories) if classes is not None else None
     taxonomy = read_categories(categories, str(layout.annotations), findings)
@@ -182,11 +207,13 @@ class _Rows:
         self._schema = schema
         self._batches: list[pa.RecordBatch] = []
         self._rows: list[dict[str, Any]] = []
+        self._segments = 0
 
     def append(self, row: dict[str, Any] | None) -> None:
         if row is not None:
             self._rows.append(row)
-        if len(self._rows) == _ROWS_PER_BATCH:
+            self._segments += len(row.get("segments") or ())
+        if len(self._rows) == _ROWS_PER_BATCH or self._segments >= _SEGMENTS_PER_BATCH:
             self._flush()
 
     def table(self) -> pa.Table:
@@ -195,7 +222,7 @@ class _Rows:
 
     def _flush(self) -> None:
         self._batches.append(pa.RecordBatch.from_pylist(self._rows, self._schema))
-        self._rows = []
+        self._rows, self._segments = [], 0
 
 
 def _folder(given: str | None, candidates: list[Location], what: str, flag: str) -> Location:
@@ -228,10 +255,10 @@ def _require_lists(document: JsonLists, layout: CocoLayout) -> None:
     missing = [key for key in ("images", "annotations", "categories") if key not in document.lists]
     if missing:
         keys = sorted([*document.lists, *document.others])
-        found = keys if document.kind == "dict" else f"a {document.kind}"
+        found = escaped(str(keys), 200) if document.kind == "dict" else f"a {document.kind}"
         raise UserError(
-            f"{layout.annotations} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got {found}; "
-            f"give a file such as panoptic_val2017.json."
+            f"{escaped(layout.annotations)} is not a COCO panoptic JSON: it has no list {', '.join(missing)}, got "
+            f"{found}; give a file such as panoptic_val2017.json."
         )
     if not document.lists["images"]:
         raise UserError(f"{layout.annotations} holds no images; give the annotations of another split.")
@@ -290,7 +317,7 @@ def _find_repeated_files(records: pa.Table, column: str, code: str, folder: Loca
 def _require_files(folder: Location, names: pa.ChunkedArray, what: str, flag: str) -> None:
     """Look for a few of the files; if none exists, the folder is another one."""
     places = np.unique(np.linspace(0, len(names) - 1, _FILES_TO_LOOK_FOR, dtype=int)) if len(names) else []
-    sought = [names[int(place)].as_py() for place in places]
+    sought = [name for name in (names[int(place)].as_py() for place in places) if is_name_inside(name)]
     if sought and not any((folder / name).exists() for name in sought):
         raise UserError(
             f"{folder / escaped(sought[0])} does not exist, nor do {len(sought) - 1} others of the {len(names)} {what} "

@@ -3,6 +3,7 @@
 A row has null where a value is missing or has another type, so that its image is still checked for other faults.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,13 @@ from maskformer.taxonomy import Category, Taxonomy
 from pipelines.data.findings import MAX_IMAGE_ID, MAX_INT32, MAX_SEGMENT_ID, Findings
 from pipelines.errors import UserError
 
+MAX_LISTED_SEGMENTS = 2**17
+"""Segments that an annotation may list, twice as many as an index map can number. More are not read."""
+
+MAX_CATEGORIES = 10_000
+
 _INT64 = range(-(2**63), 2**63)
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 
 Report = Callable[..., None]
 """`Findings.add` with the file, and possibly the code and the image, given."""
@@ -63,7 +70,10 @@ def annotation_row(entry: Any, number: int, report: Report) -> dict[str, Any] | 
         "segments": None,
     }
     segments = entry.get("segments_info")
-    if isinstance(segments, list):
+    if isinstance(segments, list) and len(segments) > MAX_LISTED_SEGMENTS:
+        what = f"{name} lists {len(segments):,} segments, of which at most {MAX_LISTED_SEGMENTS:,} are read"
+        report("segments-too-many", what=what)
+    elif isinstance(segments, list):
         row["segments"] = [_segment_row(segment, report) for segment in segments]
     else:
         report("annotation-entry", what=f"{name} has no segments_info of type list, got {_short(entry)}")
@@ -84,13 +94,14 @@ def _segment_row(entry: Any, report: Report) -> dict[str, Any]:
         row["id"] = segment_id
     else:
         void = " (void)" if segment_id == 0 else ""
-        what = f"the segment id {segment_id}{void} does not lie in 1..{MAX_SEGMENT_ID}"
+        what = f"the segment id {_digits(segment_id)}{void} does not lie in 1..{MAX_SEGMENT_ID}"
+        segment_id = segment_id if segment_id in _INT64 else None
         report("segment-id-range", segment_id=segment_id, what=what)
     if not _is_int(category):
         what = f"the segment has no category_id of type int, got {_short(entry)}"
         report("segment-entry", segment_id=segment_id, what=what)
     elif category not in _INT64:
-        what = f"the category {category} of the segment is not among the categories"
+        what = f"the category {_digits(category)} of the segment is not among the categories"
         report("category-unknown", segment_id=segment_id, what=what)
     else:
         row["category_id"] = category
@@ -110,6 +121,14 @@ def _segment_row(entry: Any, report: Report) -> dict[str, Any]:
             what = f"the bbox is {_short(bbox)}, not a list x, y, width, height"
             report("bbox", segment_id=segment_id, what=what)
     return row
+
+
+def category_entry(entry: Any) -> Any:
+    """Return what is used of an entry of `categories`, so that the rest of it takes no memory."""
+    if not isinstance(entry, dict):
+        return _pruned(entry, 2)
+    used = ("id", "name", "isthing", "color", "supercategory")
+    return {key: _pruned(entry[key], 2) for key in used if key in entry}
 
 
 def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxonomy:
@@ -162,7 +181,10 @@ def _image_id(entry: Any, key: str, name: str, code: str, report: Report) -> int
     if not _is_int(value):
         report(code, what=f"{name} has no {key} of type int, got {_short(entry)}")
     elif not 0 <= value <= MAX_IMAGE_ID:
-        report("image-id-range", image_id=value, what=f"the image id {value} does not lie in 0..{MAX_IMAGE_ID}")
+        known = value if value in _INT64 else None
+        report(
+            "image-id-range", image_id=known, what=f"the image id {_digits(value)} does not lie in 0..{MAX_IMAGE_ID}"
+        )
     else:
         return value
     return None
@@ -171,7 +193,12 @@ def _image_id(entry: Any, key: str, name: str, code: str, report: Report) -> int
 def _file_name(entry: dict[str, Any], name: str, code: str, report: Report) -> str | None:
     value = entry.get("file_name")
     if _is_text(value) and "\0" not in value:
-        return value
+        if len(path := value.encode()) <= _LONGEST_PATH and all(
+            len(part) <= _LONGEST_NAME for part in path.split(b"/")
+        ):
+            return value
+        report(code, what=f"{name} has a file_name that is too long for a file, got {_short(entry)}")
+        return None
     report(code, what=f"{name} has no file_name of type str, got {_short(entry)}")
     return None
 
@@ -206,5 +233,23 @@ def _is_box(value: Any) -> bool:
     return True
 
 
+def _digits(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else f"{str(value)[:30]}..."
+
+
 def _short(value: Any) -> str:
-    return json.dumps(value)[:200]
+    return json.dumps(_pruned(value, 6))[:200]
+
+
+def _pruned(value: Any, depth: int) -> Any:
+    """Return the beginning of a value that may be huge."""
+    match value:
+        case str():
+            return value[:200]
+        case list():
+            return [_pruned(each, depth - 1) for each in value[:20]] if depth else []
+        case dict():
+            some = itertools.islice(value.items(), 20)
+            return {key[:200]: _pruned(each, depth - 1) for key, each in some} if depth else {}
+        case _:
+            return value

@@ -112,10 +112,17 @@ CODES: dict[str, Code] = {
     ),
     # Files.
     "name-outside": Code(
-        "error", "a file name is absolute or leaves the folder with ..", "use a path below the folder"
+        "error", "a file name is absolute, has a drive or leaves the folder with ..", "use a path below the folder"
+    ),
+    "file-outside": Code(
+        "error",
+        "a link leads to a file outside of the data set's folders",
+        "copy the file, or name the folder where it really is with --images or --panoptic",
     ),
     "too-large": Code(
-        "error", "the file declares more pixels than --max-megapixels", "make it smaller, or raise --max-megapixels"
+        "error",
+        "the file has more bytes, or declares more pixels, than are read; --max-megapixels",
+        "make it smaller, or raise --max-megapixels up to 52",
     ),
     "image-missing": Code("error", "an image file does not exist", "add the file, or remove the image from the JSON"),
     "image-unreadable": Code(
@@ -160,6 +167,11 @@ CODES: dict[str, Code] = {
         "error",
         "a panoptic map is no PNG with three 8-bit channels",
         "write it as an RGB PNG, id = R + 256 G + 65536 B",
+    ),
+    "png-too-fine": Code(
+        "error",
+        "a panoptic map has far more runs of equal ids, or far more ids, than a map of segments",
+        "write it without smoothing and without lossy compression",
     ),
     "png-size": Code("error", "PNG and JSON differ in size", "regenerate the PNG at the size of the image"),
 }

@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from maskformer.untrusted import escaped
 from pipelines.errors import UserError
-from pipelines.storage import Location, retried
+from pipelines.storage import Location
 
 _CHUNK = 2**22  # bytes
-_LONGEST = 2**26  # characters of one entry
+_LONGEST = 2**24  # characters of one entry: 65,535 segments take half of them
+_MAX_KEYS = 1000  # of the top-level object
 _SPACE = " \t\n\r"
 _DECODER = json.JSONDecoder()
 
@@ -31,7 +33,7 @@ class JsonLists:
         """Python type of the file's value. Only a dict has entries."""
         self.lists: dict[str, int] = {}
         """Number of entries of each list."""
-        self.others: list[str] = []
+        self.others: set[str] = set()
         """Keys whose value is no list."""
 
     @property
@@ -61,12 +63,19 @@ class JsonLists:
             key = text.value()
             text.take(":")
             if key in self.lists or key in self.others:
-                raise UserError(f"{self._file} has the key {key!r} twice; remove or merge one of them.")
+                raise UserError(
+                    f"{escaped(self._file)} has the key {escaped(key, 60)!r} twice; remove or merge one of them."
+                )
+            if len(self.lists) + len(self.others) >= _MAX_KEYS:
+                raise UserError(
+                    f"{escaped(self._file)} has more than {_MAX_KEYS} keys; give a COCO panoptic JSON, whose keys are "
+                    f"images, annotations, categories and a few others."
+                )
             if text.peek() == "[":
                 self.lists[key] = 0
                 yield from self._elements(text, key)
             else:
-                self.others.append(key)
+                self.others.add(key)
                 text.value()
             if text.peek() != "}":
                 text.take(",")
@@ -87,12 +96,7 @@ class JsonLists:
 
     def _chunks(self) -> Iterator[bytes]:
         file, offset = self._file, 0
-
-        def read() -> bytes:
-            with file.filesystem.open_input_file(file.path) as opened:
-                return opened.read_at(_CHUNK, offset)
-
-        while chunk := retried("read", file, read):
+        while chunk := file.read_range(offset, _CHUNK, anew=offset == 0):
             self._hash.update(chunk)
             offset += len(chunk)
             yield chunk
@@ -127,11 +131,20 @@ class _Text:
             try:
                 value, end = _DECODER.raw_decode(self._text, start)
             except json.JSONDecodeError as error:
-                if len(self._text) - start > _LONGEST or not self._more():
+                if len(self._text) - start > _LONGEST:
+                    self.fail(f"A value of more than {_LONGEST:,} characters, or an error in it,")
+                wanted = 2 * (len(self._text) - start)  # so that a long value is not read again for each piece
+                if not self._more():
                     self.fail(error.msg, self._at + error.pos - start)
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-                self.fail(str(error))
+                while len(self._text) < min(wanted, _LONGEST) and self._more():
+                    pass
+            except RecursionError:
+                self.fail("Lists and objects nested too deeply (recursion)")
+            except ValueError:
+                self.fail("Exceeds the limit of 4,300 digits of a number")
             else:
+                if end - start > _LONGEST:
+                    self.fail(f"A value of more than {_LONGEST:,} characters")
                 # A number may go on in the next piece.
                 if end + 3 < len(self._text) or not self._more():
                     self._at += end - start
@@ -142,7 +155,7 @@ class _Text:
         line = self._lines + before.count("\n") + 1
         column = len(before) - before.rfind("\n") if "\n" in before else self._column + len(before) + 1
         raise UserError(
-            f"{self._file} is not valid JSON: {message} at line {line}, column {column}; "
+            f"{escaped(self._file)} is not valid JSON: {message} at line {line}, column {column}; "
             f"it may be truncated, so download or write it again."
         )
 
@@ -153,10 +166,12 @@ class _Text:
             piece = self._decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self._file} is not a JSON text ({error.reason}); give a COCO panoptic JSON file."
+                f"{escaped(self._file)} is not a JSON text ({error.reason}); give a COCO panoptic JSON file."
             ) from error
         except OSError as error:
-            raise UserError(f"Cannot read {self._file}: {error}. Make it readable and run this again.") from error
+            raise UserError(
+                f"Cannot read {escaped(self._file)}: {error}. Make it readable and run this again."
+            ) from error
         used = self._text[: self._at]
         self._lines += used.count("\n")
         self._column = len(used) - used.rfind("\n") - 1 if "\n" in used else self._column + len(used)

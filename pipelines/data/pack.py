@@ -6,9 +6,11 @@ A pack is a pure function of its input, so an interrupted one can be resumed and
 import hashlib
 import io
 import json
+import os
 import re
+import stat
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +20,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.data.coco import CocoDataset
-from pipelines.data.manifest import INDEX_FILE, MANIFEST_FILE, STATE_FILE, VERSION, Manifest, PackedFile, read_manifest
+from pipelines.data.findings import MAX_IMAGE_ID
+from pipelines.data.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    VERSION,
+    Manifest,
+    PackedFile,
+    read_manifest,
+    shard_file,
+)
 from pipelines.data.schema import INDEX
-from pipelines.data.shards import TASK, WRITTEN, WriteShard, shard_file
+from pipelines.data.shards import TASK, WRITTEN, WriteShard
 from pipelines.errors import UserError
 from pipelines.progress import progress
 from pipelines.storage import Location, locate, sha256
+
+_SHARD = re.compile(r"shard-[0-9]{5,}\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +79,7 @@ def open_output(dataset: CocoDataset, output: str, config: PackConfig, skip_bad:
     folder = locate(output)
     left_out: list[int] = []
     if skip_bad and (folder / STATE_FILE).exists():
-        left_out = _read_state(folder / STATE_FILE)[0].get("left_out", [])
+        left_out = _left_out(folder / STATE_FILE)
     chunks, source = _plan(dataset.without(left_out), config, left_out)
     expected = _files(chunks)
     _shards_written(folder, source, expected)
@@ -130,7 +144,7 @@ def pack(
     if expected <= set(folder.names()):
         return PackReport(output=folder, manifest=read_manifest(folder), was_complete=True)
 
-    for name in _temporaries(folder, expected):
+    for name in [*_temporaries(folder, expected), *_leftovers(folder, expected, shards)]:
         (folder / name).delete()
     _write_state(folder, source, shards)
     tasks = [_task(number, chunk, shards.get(shard_file(number))) for number, chunk in enumerate(chunks)]
@@ -182,8 +196,7 @@ def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -
     sizes = np.zeros(len(records), np.int64)
     digest = hashlib.sha256()
     for folder, column in ((layout.images, "image_file"), (layout.panoptic, "panoptic_file")):
-        size_of = folder.sizes()
-        of_column = np.array([size_of.get(name, 0) for name in records[column].to_pylist()], np.int64)
+        of_column = np.array(_sizes(folder, records[column].to_pylist()), np.int64)
         digest.update(of_column.tobytes())
         sizes += of_column
     source = {
@@ -197,6 +210,22 @@ def _plan(dataset: CocoDataset, config: PackConfig, left_out: Collection[int]) -
         **({"left_out": sorted(left_out)} if left_out else {}),
     }
     return [records.slice(start, end - start) for start, end in cut(sizes, config)], source
+
+
+def _sizes(folder: Location, names: Sequence[str]) -> list[int]:
+    """Return the bytes of files in a folder; 0 for what is no file."""
+    if not folder.is_local:
+        size_of = folder.sizes()
+        return [size_of.get(name, 0) for name in names]
+    sizes: list[int] = []  # without listing the folder, in which a stranger's links may lead anywhere
+    for name in names:
+        try:
+            state = os.stat(os.path.join(folder.path, name))
+        except OSError:  # reading it says why
+            sizes.append(0)
+        else:
+            sizes.append(state.st_size if stat.S_ISREG(state.st_mode) else 0)
+    return sizes
 
 
 def cut(sizes: np.ndarray, config: PackConfig) -> list[tuple[int, int]]:
@@ -237,8 +266,10 @@ def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]
     shards: dict[str, PackedFile] = {}
     foreign = names
     if STATE_FILE in names:
-        foreign = names - expected
         before, shards = _read_state(folder / STATE_FILE)
+        if not shards and MANIFEST_FILE not in names:  # it stopped before a shard was finished, so nothing is lost
+            before, expected = source, expected | {name for name in names if _SHARD.fullmatch(name)}
+        foreign = names - expected
         differing = [
             f"{key} is {str(source.get(key))[:80]}, was {str(before.get(key))[:80]}"
             for key in {**source, **before}
@@ -252,17 +283,22 @@ def _shards_written(folder: Location, source: dict[str, Any], expected: set[str]
     if foreign:
         raise UserError(
             f"{folder} has {len(foreign)} files or folders that are not part of this pack: "
-            f"{', '.join(sorted(foreign)[:5])}{', ...' if len(foreign) > 5 else ''}; give a new or empty folder with "
-            f"--output."
+            f"{escaped(', '.join(sorted(foreign)[:5]), 300)}{', ...' if len(foreign) > 5 else ''}; give a new or "
+            f"empty folder with --output."
         )
     return shards
+
+
+def _leftovers(folder: Location, expected: set[str], shards: Mapping[str, PackedFile]) -> list[str]:
+    """Return the shards of a pack that stopped before one was finished, if this one has fewer."""
+    return [] if shards else [name for name in folder.names() if _SHARD.fullmatch(name) and name not in expected]
 
 
 def _temporaries(folder: Location, expected: set[str]) -> list[str]:
     # Location.write_bytes leaves these in the folder when the process is killed.
     # `require_writable` may leave one of one.
     parts = ((name, re.fullmatch(r"\.+(.+?)(\.[0-9a-f]{32}\.tmp)+", name)) for name in folder.names())
-    return [name for name, match in parts if match and match[1] in expected]
+    return [name for name, match in parts if match and (match[1] in expected or _SHARD.fullmatch(match[1]))]
 
 
 def _write_state(folder: Location, source: dict[str, Any], shards: dict[str, PackedFile]) -> None:
@@ -272,13 +308,20 @@ def _write_state(folder: Location, source: dict[str, Any], shards: dict[str, Pac
 
 def _read_state(file: Location) -> tuple[dict[str, Any], dict[str, PackedFile]]:
     try:
-        state = json.loads(file.read_bytes())
+        state = parse_json(file.read_bytes(MAX_JSON_BYTES))
         shards = {shard["file"]: PackedFile(**shard) for shard in state["shards"]}
         return dict(state["source"]), shards
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} was not written by prepare_data.py ({error!r}); give a new or empty folder with --output."
         ) from error
+
+
+def _left_out(file: Location) -> list[int]:
+    ids = _read_state(file)[0].get("left_out", [])
+    if isinstance(ids, list) and all(type(each) is int and abs(each) <= MAX_IMAGE_ID for each in ids):
+        return ids
+    raise UserError(f"{file} was not written by prepare_data.py; give a new or empty folder with --output.")
 
 
 def _write_json(file: Location, value: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A panoptic PNG holds segment ids, R + 256 G + 65536 B, where 0 is void (cocodata
 H W image, N numbered segments, R runs of equal ids.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,30 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from maskformer.image_files import (
+    MAX_PIXELS,
+    TooLargeError,
+    load_image,
+    open_image,
+    require_few_scans,
+    rgb_pixels,
+)
 from maskformer.taxonomy import Taxonomy
 from pipelines.data.coco import Segment
 
 _ZSTD = pa.Codec("zstd")
+_BAND = 2**22  # pixels that are converted at a time, so that a large map needs no further copy
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Formats of the images of a data set, by Pillow's names."""
+
 MAX_SEGMENTS = 2**16 - 1
 """Segments that an index map can number."""
+
+MAX_RUNS = 2**22
+"""Runs of equal ids in a panoptic map, each of which takes 60 bytes while they are counted. The maps of COCO have
+runs of 20 pixels or more on average; a map of fewer pixels than this may have any."""
 
 
 def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
@@ -29,26 +44,55 @@ def decode_image(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     An EXIF orientation is not applied: COCO's annotations were drawn on the stored pixels.
 
     Raises:
-        ValueError: the bytes are not a complete image.
+        ValueError: the bytes are not a complete image of one of `FORMATS`, declare too many pixels, or have more than 8
+            bits per channel and no color.
     """
     pixels = _decode_jpeg(content)
     if pixels is None:
-        pixels = np.array(_open(content).convert("RGB"))  # a copy, since Pillow's own buffer is read-only
+        image = _opened(content, FORMATS)
+        if image.mode.startswith(("I", "F")):  # Pillow's conversion would saturate; `checks` reports such an image
+            raise ValueError("it is gray with more than 8 bits per channel; convert it to 8 bits")
+        pixels = rgb_pixels(_loaded(image))
     return pixels
 
 
-def decode_panoptic(content: bytes | memoryview) -> npt.NDArray[np.int32]:
-    """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
+def image_size(content: bytes | memoryview, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
+    """Return height and width of an image file from its header.
 
     Raises:
-        ValueError: the bytes are not a complete PNG with three 8-bit channels.
+        ValueError: it is no image of these formats, or too large.
     """
-    image = _open(content)
-    if image.format != "PNG" or image.mode != "RGB":
-        raise ValueError(f"it is a {image.format} of mode {image.mode}, not a PNG of mode RGB")
-    # Pillow keeps RGB in four bytes a pixel. As a number of 32 bits, they are the id, as `decode_ids` computes it.
-    packed = np.frombuffer(image.tobytes("raw", "RGBX"), "<u4").reshape(image.height, image.width)
-    return (packed & 0xFFFFFF).astype(np.int32, copy=False)
+    image = _opened(content, formats)
+    return image.height, image.width
+
+
+def decode_panoptic(content: bytes | memoryview, size: tuple[int, int] | None = None) -> npt.NDArray[np.int32]:
+    """Decode a panoptic PNG to segment ids, int32 [H, W]; 0 is void.
+
+    Args:
+        size: height and width that it must have, if they are known; compared before anything is decoded.
+
+    Raises:
+        ValueError: the bytes are not a complete PNG of this size with three 8-bit channels, or declare too many pixels.
+    """
+    image = _opened(content, ("PNG",))
+    if image.mode != "RGB" or content[24] != 8:  # of 16 bits per channel, Pillow would read the upper 8
+        raise ValueError(f"it is a PNG of mode {image.mode} with {content[24]} bits, not a PNG of mode RGB with 8 bits")
+    if size is not None and (image.height, image.width) != size:
+        raise ValueError(f"the PNG is {image.width} x {image.height}, but its image {size[1]} x {size[0]}")
+    return panoptic_ids(_loaded(image))
+
+
+def panoptic_ids(image: Image.Image) -> npt.NDArray[np.int32]:
+    """Return the segment ids of a decoded PNG of mode RGB, int32 [H, W]."""
+    ids = np.empty((image.height, image.width), np.int32)
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        part = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        # Pillow keeps RGB in four bytes a pixel. As a number of 32 bits, they are the id, as `decode_ids` computes it.
+        packed = np.frombuffer(part.tobytes("raw", "RGBX"), "<u4").reshape(part.height, part.width)
+        np.bitwise_and(packed, 0xFFFFFF, out=ids[top : top + rows].view(np.uint32))
+    return ids
 
 
 def index_map(
@@ -135,10 +179,15 @@ def pixel_runs(
 
     Returns:
         The ids that occur, ascending; for each run the index of its id among them; the runs.
+
+    Raises:
+        ValueError: there are more than MAX_RUNS.
     """
     width = ids.shape[1]
     starts = np.ones(ids.shape, bool)
     np.not_equal(ids[:, 1:], ids[:, :-1], out=starts[:, 1:])
+    if ids.size > MAX_RUNS and (count := np.count_nonzero(starts)) > MAX_RUNS:
+        raise ValueError(f"it has {count:,} runs of equal ids, more than {MAX_RUNS:,}, so it is no map of segments")
     start = np.flatnonzero(starts)
     values, run_of_value = np.unique(ids.ravel()[start], return_inverse=True)
     y, x = np.divmod(start, width)
@@ -150,22 +199,28 @@ def _decode_jpeg(content: bytes | memoryview) -> npt.NDArray[np.uint8] | None:
     if bytes(content[:3]) != b"\xff\xd8\xff":
         return None
     try:
+        require_few_scans(content)
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        # Pillow warns of larger images, and refuses much larger ones.
-        if colors in ("YCbCr", "Gray") and int(height) * int(width) <= (Image.MAX_IMAGE_PIXELS or 0):
+        if colors in ("YCbCr", "Gray") and int(height) * int(width) <= MAX_PIXELS:
             return simplejpeg.decode_jpeg(content)
-    except ValueError:  # also for what the decoder could recover from; what to do about it is up to Pillow
+    # Also for what the decoder could recover from; what to do about it is up to Pillow.
+    except (ValueError, MemoryError):
         pass
     return None
 
 
-def _open(content: bytes | memoryview) -> Image.Image:
+def _opened(content: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except UnidentifiedImageError as error:  # its own message has a memory address
-        raise ValueError("it cannot be decoded (no image format that Pillow knows)") from error
-    # Pillow raises SyntaxError for broken PNG chunks, and DecompressionBombError for implausibly large images.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return open_image(content, formats)
+    except TooLargeError as error:
+        raise ValueError(f"it cannot be decoded (it {error})") from error
+    except ValueError as error:
+        raise ValueError(f"it cannot be decoded ({error})") from error
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    try:
+        load_image(image)
+    except ValueError as error:
         raise ValueError(f"it cannot be decoded ({error})") from error
     return image

@@ -20,7 +20,9 @@ from maskformer.taxonomy import Taxonomy
 from maskformer.untrusted import escaped
 from pipelines.data.classes import ClassMap
 from pipelines.data.coco import CocoLayout, Segment
-from pipelines.data.pixels import compress_index_map, decode_panoptic, index_map
+from pipelines.data.files import read_file
+from pipelines.data.manifest import shard_file
+from pipelines.data.pixels import compress_index_map, decode_panoptic, image_size, index_map
 from pipelines.data.schema import FILES, INDEX, PACKED, RECORD
 from pipelines.errors import UserError
 from pipelines.storage import Location, is_remote, patience, sha256
@@ -36,11 +38,6 @@ TASK = pa.schema([*RECORD, pa.field("shard", pa.int32()), pa.field("written", pa
 
 WRITTEN = pa.schema([*INDEX, pa.field("shard_bytes", pa.int64()), pa.field("shard_sha256", pa.string())])
 """Output of a task: the INDEX rows of a shard, its bytes and its hash."""
-
-
-def shard_file(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard-{number:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,24 @@ def packed_row(layout: CocoLayout, classes: ClassMap, record: Mapping[str, Any])
     Raises:
         UserError: a file is missing or cannot be decoded.
     """
-    panoptic_file = layout.panoptic / record["panoptic_file"]
+    panoptic_file, size = layout.panoptic / record["panoptic_file"], (record["height"], record["width"])
+    segments = [
+        Segment(id=segment["id"], category_id=segment["category_id"], iscrowd=segment["iscrowd"])
+        for segment in record["segments"]
+    ]
     try:
-        image = (layout.images / record["image_file"]).read_bytes()
-        panoptic = panoptic_file.read_bytes()
-        ids = decode_panoptic(panoptic)
+        image = read_file(layout.images, record["image_file"], layout.roots)
+        panoptic = read_file(layout.panoptic, record["panoptic_file"], layout.roots)
+        ids = decode_panoptic(panoptic, size)
+        if (found := image_size(image)) != size:
+            raise ValueError(f"the image is {found[1]} x {found[0]}, not {size[1]} x {size[0]}")
+        if classes.changed:
+            relabeled, segments = _relabeled(ids, segments, classes)
+            if not np.array_equal(relabeled, ids):
+                ids, png = relabeled, io.BytesIO()
+                Image.fromarray(encode_ids(ids)).save(png, "PNG")
+                panoptic = png.getvalue()
+        plane, numbered = index_map(ids, segments, classes.taxonomy)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -100,17 +110,6 @@ def packed_row(layout: CocoLayout, classes: ClassMap, record: Mapping[str, Any])
             f"A file of image {record['image_id']}, {escaped(record['image_file'])} or {escaped(panoptic_file.uri)}, "
             f"changed since it was checked: {error}. Run prepare_data.py again."
         ) from error
-    segments = [
-        Segment(id=segment["id"], category_id=segment["category_id"], iscrowd=segment["iscrowd"])
-        for segment in record["segments"]
-    ]
-    if classes.changed:
-        relabeled, segments = _relabeled(ids, segments, classes)
-        if not np.array_equal(relabeled, ids):
-            ids, png = relabeled, io.BytesIO()
-            Image.fromarray(encode_ids(ids)).save(png, "PNG")
-            panoptic = png.getvalue()
-    plane, numbered = index_map(ids, segments, classes.taxonomy)
     return {
         "image_id": record["image_id"],
         "file_name": record["image_file"],

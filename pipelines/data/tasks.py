@@ -99,6 +99,8 @@ def decoded_sample(image: bytes | memoryview, index_map: bytes | memoryview, ent
     plane = decompress_index_map(index_map, (entry["height"], entry["width"]), len(entry["classes"]))
     if pixels.shape[:2] != plane.shape:
         raise ValueError(f"its image has the size {pixels.shape[:2]}, and its index map {plane.shape}")
+    if (largest := int(plane.max())) > len(entry["classes"]):
+        raise ValueError(f"its index map has the number {largest}, but the image has {len(entry['classes'])} segments")
     return Sample(pixels, plane, np.array(entry["classes"], np.int16))
 
 
@@ -180,6 +182,9 @@ class LoadAndResize:
         try:
             panoptic, image = read_files(shard, entry, "panoptic", "image")
             pixels = decode_image(image)
+            if pixels.shape[:2] != (entry["height"], entry["width"]):
+                found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+                raise ValueError(f"its image is {found}, and the index says {entry['width']} x {entry['height']}")
         except UnusableRowError as error:
             raise UserError(f"{error}. {PACK_AGAIN}.") from error
         except ValueError as error:

@@ -43,7 +43,7 @@ def validate(dataset: CocoDataset, config: CheckConfig, other_images: Location |
     hashes = np.zeros(len(dataset.records), "S64")  # in hexadecimal; empty if the file cannot be read
     lengths = np.zeros(len(dataset.records), np.int64)
     layout = dataset.layout
-    check = CheckImages(layout.images, layout.panoptic, dataset.taxonomy, config)
+    check = CheckImages(layout.images, layout.panoptic, dataset.taxonomy, config, layout.roots)
     for row, checked in enumerate(_run(dataset.records, check, "images checked")):
         findings.extend(Finding(**finding) for finding in checked["findings"])
         hashes[row], lengths[row] = checked["sha256"].encode(), checked["bytes"]

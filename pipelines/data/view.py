@@ -63,7 +63,7 @@ def view_packed(samples: PackedSet, count: int) -> Iterator[ViewedImage]:
         shard = samples.shards[entry["shard"]]
         try:
             panoptic, content = read_files(shard, entry, "panoptic", "image")
-            image, ids = decode_image(content), decode_panoptic(panoptic)
+            image, ids = decode_image(content), decode_panoptic(panoptic, (entry["height"], entry["width"]))
             if image.shape[:2] != ids.shape:
                 raise ValueError(f"the image has the size {image.shape[:2]}, and its PNG {ids.shape}")
         except UnusableRowError as error:

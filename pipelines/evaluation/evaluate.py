@@ -99,7 +99,7 @@ def score_the_truth(samples: PackedSet) -> None:
         shard, segments = samples.shards[entry["shard"]], entry["segments"]
         try:
             panoptic, _ = read_files(shard, entry, "panoptic", "panoptic")
-            ids = decode_panoptic(panoptic)
+            ids = decode_panoptic(panoptic, (entry["height"], entry["width"]))
             crowds = [segment["id"] for segment in segments if segment["iscrowd"]]
             predicted = np.where(np.isin(ids, crowds), 0, ids)
             kept = [segment for segment in segments if not segment["iscrowd"]]

@@ -15,10 +15,11 @@ from PIL import Image
 from maskformer.analysis.error_map import error_map
 from maskformer.analysis.lost_quality import Cause
 from maskformer.draw import overlay
+from maskformer.image_files import MAX_BYTES, load_image, open_image
 from pipelines.data.execution import mapped, outputs
 from pipelines.data.manifest import PackedSet
-from pipelines.data.pixels import decode_panoptic
-from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
+from pipelines.data.pixels import FORMATS, decode_panoptic
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files, unusable
 from pipelines.errors import UserError
 from pipelines.evaluation.result import EvaluationResult
 from pipelines.storage import locate
@@ -86,34 +87,39 @@ class _Draw:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = [
-            self._drawn(
-                index, self._predicted(self.png_folder, *named), other and self._predicted(self.other_folder, *other)
-            )
+            self._drawn(index, named, other)
             for text in table["images"].to_pylist()
             for index, named, other in json.loads(text)
         ]
         return pa.Table.from_pylist(rows, schema=_PICTURES)
 
-    def _predicted(self, folder: str, name: str, segments: _Segments) -> tuple[npt.NDArray[Any], _Segments]:
+    def _predicted(
+        self, folder: str, name: str, segments: _Segments, size: tuple[int, int]
+    ) -> tuple[npt.NDArray[Any], _Segments]:
         file = locate(folder) / name
         try:
-            return decode_panoptic(file.read_bytes()), segments
+            return decode_panoptic(file.read_bytes(MAX_BYTES), size), segments
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be drawn: {error}. Evaluate again into another --output.") from error
 
     def _drawn(
         self,
         index: int,
-        prediction: tuple[npt.NDArray[Any], _Segments],
-        other: tuple[npt.NDArray[Any], _Segments] | None,
+        named: tuple[str, _Segments],
+        other_named: tuple[str, _Segments] | None,
     ) -> dict[str, Any]:
         (entry,) = self.samples.index.take([index]).to_pylist()
+        size = entry["height"], entry["width"]
+        prediction = self._predicted(self.png_folder, *named, size)
+        other = self._predicted(self.other_folder, *other_named, size) if other_named else None
         try:
             panoptic, content = read_files(self.samples.shards[entry["shard"]], entry, "panoptic", "image")
+            taxonomy, truth = self.samples.taxonomy, (decode_panoptic(panoptic, size), entry["segments"])
+            image = _small(content)
         except UnusableRowError as error:
             raise UserError(f"{error}. {PACK_AGAIN}.") from error
-        taxonomy, truth = self.samples.taxonomy, (decode_panoptic(panoptic), entry["segments"])
-        image = _small(content)
+        except ValueError as error:
+            raise UserError(f"{unusable(self.samples.shards[entry['shard']], entry, error)}. {PACK_AGAIN}.") from error
         sides = [_present(_resized(ids, image.shape[:2]), segments) for ids, segments in (truth, prediction)]
         return {
             "image_id": entry["image_id"],
@@ -136,8 +142,9 @@ _PICTURES = pa.schema(
 
 def _small(content: bytes | memoryview) -> npt.NDArray[np.uint8]:
     """Return the image with a long side of at most `_SIDE` pixels, tiny ones enlarged by repeating pixels."""
-    image = Image.open(io.BytesIO(content))
+    image = open_image(content, FORMATS)
     image.draft("RGB", (_SIDE, _SIDE))  # a JPEG can be decoded at a fraction of its size
+    load_image(image)
     image = image.convert("RGB")
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     times = max(1, _SIDE // max(image.size))

@@ -12,11 +12,12 @@ import ray.data
 
 from maskformer.analysis.image import analyze_image
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from pipelines.cluster.session import session
 from pipelines.data.execution import mapped, outputs
+from pipelines.data.files import read_file, resolved
 from pipelines.data.manifest import PackedSet, open_pack
-from pipelines.data.pixels import decode_panoptic
+from pipelines.data.pixels import decode_panoptic, image_size
 from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
 from pipelines.errors import UserError
 from pipelines.evaluation.evaluate import finish, score_the_truth
@@ -28,6 +29,7 @@ from pipelines.storage import Location, locate, sha256
 
 _IMAGES_PER_TASK = 16
 _EXAMPLES = 3
+_MAX_JSON_BYTES = 2**29
 _TRIED = 20
 """PNGs to look for, to find the folder they are in."""
 
@@ -83,15 +85,15 @@ class _Predictions:
 def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) -> _Predictions:
     """Read the JSON and check everything but the PNGs."""
     file = _json_file(location)
-    content = file.read_bytes()
+    content = file.read_bytes(_MAX_JSON_BYTES)
     try:
-        found = json.loads(content)
+        found = parse_json(content)
         listed = [(annotation["image_id"], annotation) for annotation in found["annotations"]]
         named = [(annotation["file_name"], annotation["segments_info"]) for _, annotation in listed]
         usable = all(isinstance(name, str) and isinstance(segments, list) for name, segments in named)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not a JSON of COCO panoptic results ({type(error).__name__}: {escaped(str(error))}): it needs "
+            f"{file} is not a JSON of COCO panoptic results ({type(error).__name__}: {escaped(error, 200)}): it needs "
             f"`annotations` with image_id, file_name and segments_info."
         ) from error
     if not usable:
@@ -101,12 +103,12 @@ def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) 
     annotations: dict[int, dict[str, Any]] = {}
     for image_id, annotation in listed:
         name = annotation["file_name"]
-        if not isinstance(image_id, int) or image_id not in known:
-            faults["results for images that the data does not have"].append(f"image {escaped(str(image_id))}")
+        if type(image_id) is not int or image_id not in known:
+            faults["results for images that the data does not have"].append(f"image {escaped(repr(image_id), 60)}")
         elif image_id in annotations:
             faults["images with more than one result"].append(f"image {image_id}")
-        elif any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part for part in name.split("/")):
-            faults["file names that are no path below the folder"].append(f"image {image_id}: {escaped(name)}")
+        elif any(part in ("", ".", "..") or not _is_name(part) for part in name.split("/")):
+            faults["file names that are no path below the folder"].append(f"image {image_id}: {escaped(name, 200)}")
         else:
             annotations[image_id] = annotation
     seen = {image_id for image_id, _ in listed if isinstance(image_id, int)}
@@ -114,6 +116,14 @@ def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) 
     if faults_of_missing:
         faults["images without a result"] += faults_of_missing
     return _Predictions(file, sha256(content), _png_folder(file, annotations), annotations)
+
+
+def _is_name(part: str) -> bool:
+    """Return whether this part of a path can be the name of a file."""
+    try:
+        return len(part.encode()) <= 255 and "\0" not in part
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can express
+        return False
 
 
 def _json_file(location: Location) -> Location:
@@ -197,19 +207,18 @@ class _Compare:
             panoptic, _ = read_files(self.samples.shards[entry["shard"]], entry, "panoptic", "panoptic")
         except UnusableRowError as error:
             raise UserError(f"{error}. {PACK_AGAIN}.") from error
-        file = locate(self.png_folder) / name
+        folder, size = locate(self.png_folder), (entry["height"], entry["width"])
         try:
-            ids = decode_panoptic(file.read_bytes())
+            content = read_file(folder, name, (resolved(folder),))
+            if (found := image_size(content, ("PNG",))) != size:
+                example = f"image {image_id}: {found[1]} x {found[0]} instead of {size[1]} x {size[0]}"
+                return "", "PNGs of another size than their image", example
+            ids = decode_panoptic(content, size)
         except FileNotFoundError:
             return "", f"PNGs that do not exist in {self.png_folder}", f"image {image_id}: {escaped(name)}"
         except ValueError as error:
             return "", "PNGs that cannot be read", f"image {image_id}: {escaped(name)} ({escaped(str(error))})"
-        truth = decode_panoptic(panoptic)
-        if ids.shape != truth.shape:
-            example = (
-                f"image {image_id}: {ids.shape[1]} x {ids.shape[0]} instead of {truth.shape[1]} x {truth.shape[0]}"
-            )
-            return "", "PNGs of another size than their image", example
+        truth = decode_panoptic(panoptic, size)
         segments = annotation["segments_info"]
         try:
             analysis = analyze_image((ids, segments), (truth, entry["segments"]), self.samples.taxonomy, image_id)

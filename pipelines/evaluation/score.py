@@ -78,8 +78,9 @@ def segmenter(saved: SavedModel, device: str) -> Segmenter:
 def score_row(segment: Segmenter, row: dict[str, Any]) -> PanopticQuality:
     """Segment one RESIZED row and return its PQ statistics."""
     quality = PanopticQuality(segment.taxonomy)
-    prediction = segment.segment_resized(_pixels(row), (row["original_height"], row["original_width"]))
-    quality.update(prediction, (decode_panoptic(row["panoptic"]), row["segments"]), row["image_id"])
+    size = row["original_height"], row["original_width"]
+    prediction = segment.segment_resized(_pixels(row), size)
+    quality.update(prediction, (decode_panoptic(row["panoptic"], size), row["segments"]), row["image_id"])
     return quality
 
 
@@ -187,7 +188,7 @@ class _Fuse:
             png = io.BytesIO()
             Image.fromarray(encode_ids(ids)).save(png, "PNG")
             (folder / name).write_bytes(png.getvalue())
-            truth = decode_panoptic(row["panoptic"]), row["segments"]
+            truth = decode_panoptic(row["panoptic"], original), row["segments"]
             analysis = analyze_image((ids, segments), truth, self.taxonomy, row["image_id"])
             results.append({"result": ScoredImage(name, segments, analysis).to_json()})
         return pa.Table.from_pylist(results)

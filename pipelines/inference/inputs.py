@@ -24,6 +24,8 @@ PICTURES = (".jpg", ".jpeg", ".jpe", ".mpo", ".png", ".webp", ".bmp", ".tif", ".
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 """Suffixes of videos, which must be named, by a glob or a list too."""
 
+_MAX_LIST_BYTES = 2**28
+
 Kind = Literal["file", "folder", "glob", "list", "missing"]
 
 
@@ -124,7 +126,7 @@ def _sources(root: _Root, output: str) -> Iterator[str]:
 
 def _lines(uri: str) -> Iterator[str]:
     """Yield the paths in a list, absolute; relative ones start in the working directory."""
-    for line in locate(uri).read_bytes().splitlines():
+    for line in locate(uri).read_bytes(_MAX_LIST_BYTES).splitlines():
         if line.strip():
             yield absolute(os.fsdecode(line))
 

@@ -24,9 +24,10 @@ from PIL import Image
 from maskformer import Segmenter, Taxonomy
 from maskformer.coco_format import encode_ids
 from maskformer.draw import overlay
+from maskformer.image_files import MAX_BYTES
 from maskformer.images import UnreadableImageError, read_image
 from maskformer.preprocess import resize_image, resized_shape
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, open_regular
 from pipelines.errors import StorageRefusedError
 from pipelines.inference.videos import frames
 from pipelines.storage import Location, is_remote, locate, patience
@@ -91,8 +92,7 @@ class Read:
         try:
             with patience(_PATIENCE):
                 if not item["video"]:
-                    with self._open(source) as opened:
-                        file = opened.read()
+                    file = self._content(source)
                     yield self._read(item, item["name"], -1, file, read_image(file, name=escaped(source)))
                     return
                 done = set(item["done"])
@@ -109,17 +109,29 @@ class Read:
         except OSError as error:
             yield {**_row(item, item["name"]), "reason": f"{escaped(source)} cannot be read: {error.strerror}."}
 
+    def _content(self, source: str) -> bytes:
+        """Return the bytes of a picture."""
+        if is_remote(source):
+            return self._object(source).read_bytes(MAX_BYTES)
+        with self._open(source) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise UnreadableImageError(f"{escaped(source)} has {size:,} bytes, more than {MAX_BYTES:,}.")
+            return file.read()
+
+    def _object(self, source: str) -> Location:
+        parts = source.split("/", 3)
+        store = self.stores.get("/".join(parts[:3]))
+        return locate(source) if store is None else store / parts[3]
+
     def _open(self, source: str) -> BinaryIO:
         """Open a file; an object is read into memory as a whole."""
         if is_remote(source):
-            parts = source.split("/", 3)
-            store = self.stores.get("/".join(parts[:3]))
-            return io.BytesIO((locate(source) if store is None else store / parts[3]).read_bytes())
+            return io.BytesIO(self._object(source).read_bytes())
         if not os.path.lexists(source):
             raise FileNotFoundError
         if not os.path.isfile(source):
             raise UnreadableImageError(f"{escaped(source)} is not a file. Name a picture.")
-        return open(source, "rb")
+        return open_regular(source)
 
     def _read(self, item: Row, name: str, frame: int, file: bytes, pixels: npt.NDArray[np.uint8]) -> Row:
         height, width = pixels.shape[:2]

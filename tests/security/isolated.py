@@ -19,7 +19,17 @@ SECONDS = 10
 MEMORY = 2**30
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["maskformer", "maskformer.checkpoint", "pipelines.checkpoints.state"])
+_context.set_forkserver_preload(
+    [
+        *("maskformer", "maskformer.checkpoint", "pipelines.checkpoints.state"),
+        *(
+            "pipelines.data.check_report",
+            "pipelines.data.tasks",
+            "pipelines.inference.stages",
+            "tests.security.hostile_use",
+        ),
+    ]
+)
 
 
 @dataclass(frozen=True)

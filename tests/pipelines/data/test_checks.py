@@ -47,7 +47,9 @@ def found_in(folder: Path, split: str = SPLIT, **limits: Any) -> Findings:
     layout, config = dataset.layout, CheckConfig(**limits)
     findings = dataset.findings
     for record in dataset.records.to_pylist():
-        findings.extend(check_record(record, layout.images, layout.panoptic, dataset.taxonomy, config).findings)
+        findings.extend(
+            check_record(record, layout.images, layout.panoptic, dataset.taxonomy, config, layout.roots).findings
+        )
     return findings
 
 
@@ -211,6 +213,13 @@ def share(part: str, key: str, file: Callable[..., Path]) -> Callable[[Path], No
     return damage
 
 
+def elsewhere(folder: Path) -> None:
+    """Move the image out of the data set, and leave a link."""
+    target = folder.with_name(f"{folder.name}-elsewhere.jpg")
+    image_file(folder).rename(target)
+    image_file(folder).symlink_to(target)
+
+
 def without_unsafe_names(name: str) -> Callable[[Path], None]:
     return in_image(file_name=name)
 
@@ -298,6 +307,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "absolute file name": (in_image(file_name="/etc/passwd"), "name-outside", "'/etc/passwd' leaves"),
     "file name with ..": (in_image(file_name="a/../../b.jpg"), "name-outside", "'a/../../b.jpg' leaves"),
     "file name with .. of Windows": (in_annotation(file_name="..\\b.png"), "name-outside", "leaves the folder"),
+    "image elsewhere": (elsewhere, "file-outside", "a link leads out of the data set's folders"),
     "no image file": (lambda folder: image_file(folder).unlink(), "image-missing", "does not exist"),
     "no PNG": (lambda folder: png_file(folder).unlink(), "png-missing", "does not exist"),
     "empty image": (write(image_file, lambda _: b""), "image-unreadable", "the file is empty"),
@@ -324,8 +334,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "image with alpha": (as_png(converted("RGBA", "PNG")), "image-alpha", "has an alpha channel"),
     "gray image": (write(image_file, converted("L")), "image-gray", "it is gray"),
     "rotated image": (write(image_file, rotated), "image-orientation", "EXIF orientation is 6"),
-    "huge image": (as_png(huge), "too-large", "declares more than"),
-    "huge PNG": (write(png_file, huge), "too-large", "declares more than"),
+    "huge image": (as_png(huge), "too-large", "declares too many pixels"),
+    "huge PNG": (write(png_file, huge), "too-large", "declares too many pixels"),
     "empty PNG": (write(png_file, lambda _: b""), "png-unreadable", "the file is empty"),
     "truncated PNG": (write(png_file, cut), "png-truncated", "its last chunk, IEND, is missing"),
     "gray PNG": (write(png_file, converted("L", "PNG")), "png-format", "a PNG of mode L with 8 bits"),
@@ -395,7 +405,7 @@ def test_damage_is_found_with_its_own_code(folder: Path, name: str) -> None:
 
 
 def test_every_code_is_planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = {code for _, code, _ in DAMAGE.values()} | FOUND_IN_THE_WHOLE_SET | {"segments-too-many"}
+    planted = {code for _, code, _ in DAMAGE.values()} | FOUND_IN_THE_WHOLE_SET | {"segments-too-many", "png-too-fine"}
     assert planted == CODES.keys()
 
 
@@ -412,12 +422,27 @@ def test_more_segments_than_an_index_map_can_number(folder: Path, monkeypatch: p
     )
 
 
+def test_a_map_of_too_many_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each map has six segments and void."""
+    monkeypatch.setattr(checks, "_MAX_IDS", 7)
+    assert found_in(folder) == Findings()
+    monkeypatch.setattr(checks, "_MAX_IDS", 6)
+    findings = found_in(folder)
+    assert findings.counts == {"png-too-fine": 5}
+    assert "it has 7 ids, more than 6" in findings.examples["png-too-fine"][0].message
+
+
 def test_limits(folder: Path) -> None:
     mostly_void(folder)
     assert found_in(folder, max_void_share=1.0) == Findings()
     assert found_in(folder, max_megapixels=1e-4).counts == {"too-large": 10}
     wrong: dict[str, Any]
-    for wrong in ({"max_void_share": 2.0}, {"min_images_per_class": -1}, {"max_megapixels": 0.0}):
+    for wrong in (
+        {"max_void_share": 2.0},
+        {"min_images_per_class": -1},
+        {"max_megapixels": 0.0},
+        {"max_megapixels": 52.1},
+    ):
         with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')} must"):
             CheckConfig(**wrong)
 

@@ -2,9 +2,14 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
+from maskformer import image_files
+from maskformer.image_files import rgb_pixels
+from maskformer.images import read_image
 from maskformer.taxonomy import Taxonomy
+from pipelines.data import pixels
 from pipelines.data.coco import Segment
 from pipelines.data.pixels import (
     _decode_jpeg,
@@ -138,14 +143,75 @@ def test_other_content_is_left_to_pillow(content):
     assert _decode_jpeg(content) is None
 
 
-def test_implausibly_large_images_are_refused(monkeypatch):
-    content = encoded(Image.new("RGB", (40, 50)), "JPEG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
-    with pytest.raises(ValueError, match=r"cannot be decoded \(Image size \(2000 pixels\) exceeds limit"):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch, kind):
+    """By the header alone. WebP takes twice the memory, so half of the pixels."""
+    start = encoded(Image.new("RGB", (8000, 7000)), kind)
+    start = start if kind == "WEBP" else start[:700]
+    with pytest.raises(ValueError, match=r"cannot be decoded \(it has 8000 x 7000 pixels, more than [25]"):
+        decode_image(start)
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
+    with pytest.raises(ValueError, match="8000 x 7000"):
+        decode_image(start)
+
+
+def test_a_large_image_is_converted_in_parts(monkeypatch):
+    """The parts together are what Pillow gives for the whole."""
+    rng = np.random.default_rng(0)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+        noise = Image.fromarray(rng.integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA").convert("RGB").convert(mode)
+        for band in (1, 50, 10**6):
+            monkeypatch.setattr(image_files, "_BAND", band)
+            assert np.array_equal(rgb_pixels(noise), np.asarray(noise.convert("RGB"))), (mode, band)
+    ids = rng.integers(0, 2**24, (37, 23)).astype(np.int32)
+    for band in (1, 50, 10**6):
+        monkeypatch.setattr(pixels, "_BAND", band)
+        assert np.array_equal(decode_panoptic(encoded(Image.fromarray(ids_to_rgb(ids)), "PNG")), ids)
+
+
+def test_gray_of_16_bits_is_refused_not_saturated():
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
+        decode_image(encoded(Image.new("I;16", (8, 8), 700), "PNG"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "DDS", "AVIF", "EPS", "PPM"])
+def test_other_formats_are_named_and_their_decoders_not_started(kind):
+    content = encoded(Image.new("RGB", (16, 16)), kind)
+    with pytest.raises(ValueError, match="no image format" if kind == "PPM" else f"it is {kind}, not JPEG, PNG, WEBP"):
         decode_image(content)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1999)
-    with pytest.warns(Image.DecompressionBombWarning):
-        decode_image(content)
+    with pytest.raises(ValueError, match="no image format" if kind == "PPM" else f"it is {kind}, not PNG"):
+        decode_panoptic(content)
+
+
+def test_a_panoptic_map_of_another_size_is_refused_before_it_is_decoded():
+    content = encoded(Image.new("RGB", (9, 5)), "PNG")
+    assert decode_panoptic(content, (5, 9)).shape == (5, 9)
+    with pytest.raises(ValueError, match="the PNG is 9 x 5, but its image 5 x 9"):
+        decode_panoptic(content[:60], (9, 5))
+
+
+def test_a_map_without_runs_is_refused(monkeypatch):
+    ids = np.arange(60, dtype=np.int32).reshape(6, 10)
+    assert len(pixel_runs(ids)[2].x) == 60
+    monkeypatch.setattr(pixels, "MAX_RUNS", 59)
+    with pytest.raises(ValueError, match="it has 60 runs of equal ids, more than 59"):
+        pixel_runs(ids)
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    """A progressive JPEG of ten scans is repeated scan by scan; a motion photo has such bytes behind its picture."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    content = encoded(noise, "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    scan = content[last:-2]
+    few, many = content[:last] + scan * 80 + content[-2:], content[:last] + scan * 120 + content[-2:]
+    assert decode_image(few).shape == (64, 64, 3)
+    for decode in (decode_image, read_image):
+        with pytest.raises(ValueError, match="is a JPEG of more than 100 scans"):
+            decode(many)
+    for whole in (content, encoded(noise, "JPEG"), encoded(noise, "JPEG", comment=b"\xff\xda" * 200)):
+        assert np.array_equal(decode_image(whole + b"\xff\xda\0\0" * 500), decode_image(whole))
 
 
 def test_panoptic_ids_use_all_24_bits():
@@ -155,10 +221,15 @@ def test_panoptic_ids_use_all_24_bits():
     assert np.array_equal(decoded, ids)
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("RGB", "JPEG")])
-def test_panoptic_must_be_an_rgb_png(mode, kind):
-    with pytest.raises(ValueError, match=f"{kind} of mode {mode}, not a PNG of mode RGB"):
-        decode_panoptic(encoded(Image.new(mode, (8, 8)), kind))
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_panoptic_must_be_an_rgb_png(mode):
+    with pytest.raises(ValueError, match=f"PNG of mode {mode} with [0-9]+ bits, not a PNG of mode RGB with 8 bits"):
+        decode_panoptic(encoded(Image.new(mode, (8, 8)), "PNG"))
+
+
+def test_panoptic_must_not_be_a_jpeg():
+    with pytest.raises(ValueError, match="it is JPEG, not PNG"):
+        decode_panoptic(encoded(Image.new("RGB", (8, 8)), "JPEG"))
 
 
 def slow_index_map(ids, segments):

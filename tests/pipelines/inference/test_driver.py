@@ -204,7 +204,7 @@ def test_on_ray_every_file_is_the_same(
     monkeypatch.setattr("pipelines.inference.driver.FEW", 0)
     there = run(f"{bucket}/in", output="there", scaling=PredictScaling(workers=1, device="cpu"))
     assert (there.done, len(there.failed)) == (here.done, len(here.failed)) == (11, 1)
-    assert "05.png is no picture" in there.failed[0]["reason"]
+    assert "05.png cannot be decoded (the header of the PNG is damaged)" in there.failed[0]["reason"]
     expected, found = files(tmp_path / "here"), files(tmp_path / "there")
     assert set(found) == set(expected)
     for name, content in expected.items():
