@@ -50,7 +50,7 @@ def groups() -> Iterator[Any]:
             yield pytest.param(function, names[start : start + EACH], id=f"{function.__name__}: {names[start]}, ...")
 
 
-@pytest.mark.parametrize(("function", "names"), groups())
+@pytest.mark.parametrize(("function", "names"), list(groups()))
 def test_hostile_checkpoints_are_refused(function: Callable[[str], Any], names: list[str], tmp_path: Path) -> None:
     paths: dict[str, str] = {}
     for number, name in enumerate(names):
