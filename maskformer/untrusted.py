@@ -77,11 +77,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         ValueError: as `parse_json`, or the file is larger.
         OSError: as `open_regular`.
     """
-    with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
-    return parse_json(content)
+    return parse_json(read_regular(path, limit))
 
 
 def escaped(value: object, longest: int | None = None) -> str:

@@ -162,8 +162,8 @@ def _denied(uri: str, status: int) -> UserError:
 def _require_database(path: Path, create: bool) -> None:
     if not create and not path.is_file():
         raise UserError(
-            f"There is no database of MLflow at {escaped(path)}. Correct --tracking.uri or $MLFLOW_TRACKING_URI; for a "
-            f"new database, create an empty file there first."
+            f"There is no database of MLflow at {escaped(path)}. Correct --tracking.uri or $MLFLOW_TRACKING_URI. "
+            f"Trainings create a new one."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

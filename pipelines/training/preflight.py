@@ -21,7 +21,7 @@ from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
 from pipelines.cluster.session import is_remote
 from pipelines.config.overrides import differing_settings
-from pipelines.config.resolve import SQLITE, own_database, resolve
+from pipelines.config.resolve import SQLITE, resolve
 from pipelines.config.serialize import VERSION, to_dict
 from pipelines.config.train import TrainConfig
 from pipelines.data.manifest import MANIFEST_FILE, PackedSet, open_pack
@@ -98,7 +98,7 @@ def prepare_run(config: TrainConfig, opened: PreparedRun | None = None) -> Prepa
 def _require_tracking(config: TrainConfig) -> None:
     """Refuse a new run whose MLflow does not answer; a run that resumes keeps its metrics until MLflow is back."""
     try:
-        require_reachable(config.tracking.uri, create=config.tracking.uri == own_database(config.run.storage))
+        require_reachable(config.tracking.uri, create=True)
     except UserError as error:
         if not (locate(config.run.storage) / config.run.name / "config.json").exists():
             raise

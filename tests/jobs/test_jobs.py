@@ -46,9 +46,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the URI of one MLflow database for all tests: to make it takes seconds."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    file.touch()
-    return f"sqlite:///{file}"
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
 @pytest.fixture
@@ -174,10 +172,7 @@ def test_data_that_is_no_pack(
         (["--weights", "imagenet", "--model.backbone", "resnet50"], r"are not at .*torch/hub/checkpoints/resnet50"),
         (["--weights", str(ROOT / "LICENSE"), "--model.backbone", "resnet50"], r"LICENSE has an unknown format"),
         (["--tracking.uri", NOBODY], rf"MLflow server {NOBODY} does not answer: .*--tracking\.uri"),
-        (
-            ["--tracking.uri", "sqlite:////dev/null/mlflow.db"],
-            r"There is no database of MLflow at /dev/null/mlflow\.db",
-        ),
+        (["--tracking.uri", "sqlite:////dev/null/mlflow.db"], r"/dev/null/mlflow\.db cannot be written"),
         (["--tracking.uri", "mlruns"], r"no longer keeps runs in a plain folder"),
         (["--run.storage", "/dev/null/runs"], r"Cannot write /dev/null/runs/\.writable"),
         (["--run.storage", "nothing://runs"], r"Cannot open nothing://runs"),

@@ -8,7 +8,7 @@ from maskformer.analysis.summary import summarize
 from maskformer.taxonomy import Taxonomy
 from pipelines.evaluation.result import metrics
 
-NAMES = ["a+b", "a_b", "..", "x/", "n//a", "ok", "absent", "é\n"]
+NAMES = ["a+b", "a_b", "..", "x/", "n//a", "ok", "absent", "é|猫"]
 TAXONOMY = Taxonomy.from_coco([{"id": k + 1, "name": name, "isthing": k % 2} for k, name in enumerate(NAMES)])
 
 

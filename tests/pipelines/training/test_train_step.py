@@ -33,8 +33,9 @@ TINY = replace(
     optimizer=replace(DEMO.optimizer, lr=1e-3),
     run=replace(DEMO.run, seed=3),
 )
-BROKEN = replace(TINY, model=replace(TINY.model, pixel_std=(0.0, 57.12, 57.375)))
-"""0 in the input becomes infinite."""
+BROKEN = replace(TINY, model=replace(TINY.model))
+"""0 in the input becomes infinite: a deviation of 0, which a configuration refuses."""
+object.__setattr__(BROKEN.model, "pixel_std", (0.0, 57.12, 57.375))
 NUM_SEGMENTS = (2, 0, 7, 1, 3, 2, 0, 0)
 """Of the images of a global batch: more than queries, none, and a micro-batch without any, among others."""
 
