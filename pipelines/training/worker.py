@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.matcher import NonFiniteLogitsError
 from maskformer.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from maskformer.targets import to_device
+from maskformer.untrusted import escaped
 from pipelines.checkpoints.pretrained import load_initial_weights
 from pipelines.checkpoints.state import TrainingState, environment, load, newest, read_manifest, step_folder
 from pipelines.config.train import TrainConfig
@@ -117,6 +118,35 @@ def _describe(error: Exception, step: int | None, rank: int) -> str:
     known = isinstance(error, StorageUnavailableError | UserError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
     return f"{where}: {' '.join(text.split())[:2000]}"
+
+
+@contextmanager
+def fitting(folder: Location) -> Iterator[None]:
+    """Turn what torch raises for a state of another network or optimizer into an error that names the run.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"The newest checkpoint of {folder} does not fit its network and optimizer ({type(error).__name__}: "
+            f"{escaped(error, 300)}). Restore an undamaged copy, or start a new run with another --run.name."
+        ) from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, whose shapes torch does not check.
+
+    Raises:
+        ValueError: a state is not of the shape of its parameter. Other exceptions if it is none of this optimizer.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        shapes = {value.shape for value in values.values() if isinstance(value, torch.Tensor) and value.dim()}
+        if not shapes <= {parameter.shape}:
+            raise ValueError(f"a parameter of the shape {tuple(parameter.shape)} has a state of another")
 
 
 @dataclass
@@ -224,7 +254,8 @@ class _Worker:
             logger.info("%s", load_initial_weights(network, config.weights, run.train.taxonomy))
         network.to(self._device).train()
         if state is not None:
-            network.load_state_dict(state.model)
+            with fitting(run.folder):
+                network.load_state_dict(state.model)
         else:
             broadcast_module(network)
         trained: nn.Module = network
@@ -240,9 +271,10 @@ class _Worker:
         decay = config.optimizer.ema_decay
         self._averaged = AveragedWeights(network, decay) if decay else None
         if state is not None:
-            self._optimizer.load_state_dict(state.optimizer)
-            if self._averaged is not None and state.averaged is not None:
-                self._averaged.load_state_dict(state.averaged)
+            with fitting(run.folder):
+                load_optimizer(self._optimizer, state.optimizer)
+                if self._averaged is not None and state.averaged is not None:
+                    self._averaged.load_state_dict(state.averaged)
         self._progress = _Progress.from_dict(state.progress if state else {})
         self.step = state.step if state else 0
 

@@ -231,7 +231,7 @@ def test_the_table_of_an_evaluation(
     page = (tmp_path / f"{UTF8}out" / "report.html").read_text()
     assert not [char for char in page if not char.isprintable() and char != "\n"]
     assert page.count("<script>") == 1
-    (tmp_path / f"{UTF8}out" / UTF8).touch()
+    (tmp_path / f"{UTF8}out" / NAME).touch()
     attack("evaluate", *arguments, "--output", tmp_path / f"{UTF8}out").refused()
 
 
@@ -290,7 +290,7 @@ def test_names_of_pictures_and_folders(attack: Attack, tiny: TrainConfig, tmp_pa
     json.loads((tmp_path / f"out{UTF8}" / "failed.json").read_text())
     other = tmp_path / f"{UTF8}other"
     other.mkdir()
-    (other / UTF8).touch()
+    (other / NAME).touch()
     attack("predict", *model, "--output", other, folder).refused()
     attack("predict", *model, "--output", tmp_path / "new", f"{folder}/no{NAME}.png").refused()
     listed = tmp_path / f"{UTF8}.txt"
