@@ -23,6 +23,9 @@ SECRET_VARIABLES = (
     "MYSQL_PWD",
     "AZURE_STORAGE_ACCESS_KEY",
     "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_CLIENT_SECRET",
+    "REDIS_PASSWORD",
+    "MLFLOW_AUTH_ADMIN_PASSWORD",
 )
 """Environment variables whose values are secret."""
 
@@ -31,10 +34,11 @@ _LEAST_SECRET = 8
 
 _HIDDEN = "***"
 _WORD = re.compile(r"[^\s'\"]+")
+_ALONE = re.compile(r"(?:--?[\w.-]{1,100}=)?@?[a-z][a-z0-9+.-]{0,40}://.*", re.IGNORECASE | re.DOTALL)
 _SCHEME = re.compile(r"[a-z0-9+.-]{1,40}$", re.IGNORECASE)
 _PATH = re.compile(r"[/?#]")
 _PORT = re.compile(r"\d*([/?#]|$)")
-_PARAMETER = re.compile(r"(?P<name>[?&;](?P<key>[\w.%-]{1,100})=)[^&#\s'\"]+")
+_PARAMETER = re.compile(r"(?P<name>[?&;#](?P<key>[\w.%-]{1,100})=)[^&#\s'\"]+")
 _SECRET_KEY = re.compile(
     r"passw(?:or)?d|passwd|pwd|passphrase|token|secret|signature|credential|access_?key|api_?key"
     r"|^(?:pass|sig|key|auth|odbc_connect)$",
@@ -64,7 +68,7 @@ def has_credentials(text: str) -> bool:
     """Return whether a URI in `text` has a user name, a password, a key or a token in it."""
     if any(True for _ in _users(text)):
         return True
-    uris = (word[0].partition("://")[2] for word in _WORD.finditer(text))
+    uris = (word[0].partition("://")[2] for word in _words(text))
     return any(_SECRET_KEY.search(found["key"]) for uri in uris for found in _PARAMETER.finditer(uri))
 
 
@@ -145,12 +149,18 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _words(text: str) -> Iterator[re.Match[str]]:
+    """Yield the parts of a text that may have a URI in them; all of it if it is one, whose password may have blanks."""
+    alone = _ALONE.fullmatch(text)
+    return _WORD.finditer(text) if alone is None else iter([alone])
+
+
 def _users(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each user name and password in the URIs of a text, with the @ behind it.
 
     The text may be hostile, so the time is proportional to its length.
     """
-    for word in _WORD.finditer(text):
+    for word in _words(text):
         last, start = text.rfind("@", word.start(), word.end()), word.start()
         while last >= 0 and (mark := text.find("://", start, last)) >= 0:
             start = mark + 3

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
@@ -38,13 +39,15 @@ STOP_SECONDS = 120
 """How long a stopped job may take to save. By default, Ray kills a job after three seconds."""
 
 _SECRET_FOLDERS = (".aws", ".azure", ".docker", ".gnupg", ".kube", ".oci", ".ssh")
+_SECRET_CONFIGS = (".config/gcloud", ".config/gh", ".config/rclone")
 _SECRET_NAMES = (
-    ".env", ".env.*", "*.env", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".pgpass", ".my.cnf", ".npmrc",
-    ".s3cfg", ".boto", ".htpasswd", ".databrickscfg", ".dockercfg", ".vault-token", "kubeconfig", "*.kubeconfig",
-    "id_rsa", "id_dsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519", "id_ed25519_sk",
+    ".env", ".env~", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".pgpass",
+    ".my.cnf", ".mylogin.cnf", ".npmrc", ".s3cfg", ".boto", ".htpasswd", ".databrickscfg", ".dockercfg", "auth.json",
+    ".vault-token", ".vault_pass*", "kaggle.json", "rclone.conf", "kubeconfig", "*.kubeconfig",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.tfstate", "*.tfstate.*", "*.tfvars",
     "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk", "*.kdbx", "*.gpg",
-    "*token", "*token.txt", "*token.json", "*token.y*ml", "*tokens.txt", "*tokens.json",
-    "credentials", "credentials.*", "*credentials*.json", "*credentials*.y*ml", "*credentials*.csv",
+    "*token", "*token.txt", "*token.json", "*token.y*ml", "*api_key*", "*apikey*", "*password", "*password.*",
+    "credentials", "credentials.*", "*_credentials", "*credentials*.json", "*credentials*.y*ml", "*credentials*.csv",
     "*accesskeys*.csv", "client_secret*.json", "*service*account*.json", "secret.*", "secrets.*", "mlflow.db",
 )  # fmt: skip
 _NOT_SECRET = ("*.example", "*.sample", "*.template", "*.py", "*.md", "*.pub")
@@ -87,7 +90,10 @@ def sent_files(root: Path) -> dict[str, int]:
 
     def add(path: Path) -> None:
         if path.is_symlink():
-            target = path.resolve()
+            try:
+                target = path.resolve()
+            except (RuntimeError, OSError):  # it leads to itself
+                target = Path("/")
             if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
                 links.append(path)
                 return
@@ -163,9 +169,7 @@ def may_be_secret(root: Path, name: str) -> bool:
         name: path below `root`, with slashes.
     """
     *folders, last = name.lower().split("/")
-    if any(folder in _SECRET_FOLDERS for folder in folders) or (
-        len(folders) > 1 and folders[-2:] == [".config", "gcloud"]
-    ):
+    if any(folder in _SECRET_FOLDERS for folder in folders) or "/".join(folders[-2:]) in _SECRET_CONFIGS:
         return True
     named, public = (any(fnmatch.fnmatchcase(last, each) for each in names) for names in (_SECRET_NAMES, _NOT_SECRET))
     if named and not public:
@@ -346,8 +350,8 @@ async def _tail(client: JobSubmissionClient, name: str, show: Callable[[str], No
 
 def hints(name: str) -> str:
     """Return the commands that follow and stop a job."""
-    ray_job = f"{ADDRESS}={os.environ[ADDRESS]} ray job"
-    return f"To follow it: {ray_job} logs --follow {name}; to save and stop it: {ray_job} stop {name}"
+    ray_job, quoted = f"{ADDRESS}={shlex.quote(os.environ[ADDRESS])} ray job", shlex.quote(name)
+    return f"To follow it: {ray_job} logs --follow {quoted}; to save and stop it: {ray_job} stop {quoted}"
 
 
 def cause(log: str) -> str:

@@ -162,8 +162,8 @@ def _denied(uri: str, status: int) -> UserError:
 def _require_database(path: Path, create: bool) -> None:
     if not create and not path.is_file():
         raise UserError(
-            f"There is no database of MLflow at {escaped(path)}. Correct --tracking.uri or $MLFLOW_TRACKING_URI. "
-            f"Trainings create a new one."
+            f"There is no database of MLflow at {escaped(path)}. Correct --tracking.uri or $MLFLOW_TRACKING_URI. A "
+            f"training creates a new one; otherwise create an empty file there first."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

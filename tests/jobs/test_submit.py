@@ -137,11 +137,13 @@ SECRET_FILES = (
     ".docker/config.json", ".git-credentials", ".pypirc", ".pgpass", "keys/id_rsa", "id_ed25519", "tls/server.pem",
     "TLS/Server.KEY", "a.p12", "a.pfx", "a.jks", ".ray/auth_token", "github-token.txt", "credentials",
     "my-credentials.json", "client_secret_1.json", "my-service-account.json", "secrets.yaml", "kubeconfig",
-    ".config/gcloud/x",
+    ".config/gcloud/x", ".envrc", "kaggle.json", "password.txt", "openai_api_key.txt", "keys/id_rsa.bak",
+    "main.tfstate", "aws_credentials", ".config/gh/hosts.yml",
 )  # fmt: skip
 OTHER_FILES = (
     ".env.example", "tokenizer.json", "jobs/token.py", "environment.yaml", "keys.py", "monkey.txt", "id_rsa.pub",
-    "settings.json", "docs-of-mine/secrets.md", "token_classes.txt",
+    "settings.json", "docs-of-mine/secrets.md", "token_classes.txt", "added_tokens.json",
+    "tokens.txt", "password.py",
 )  # fmt: skip
 
 
@@ -197,10 +199,11 @@ def test_links_out_of_the_folder_are_refused(refused: Refused, project: Path, tm
     (project / "data").symlink_to(tmp_path / "home")
     (project / "jobs" / "notes.txt").symlink_to("../../home/notes.txt")
     (project / "again").symlink_to(".")
+    (project / "loop").symlink_to("loop")
     complaint = refused("--", *TRAIN)
-    for link in (f"again -> ., data -> {tmp_path}/home", "jobs/notes.txt -> ../../home/notes.txt"):
+    for link in (f"again -> ., data -> {tmp_path}/home", "jobs/notes.txt -> ../../home/notes.txt", "loop -> loop"):
         assert link in complaint
-    (project / ".rayignore").write_text("/data\n/jobs/notes.txt\n/again\n/mlflow.db\n")
+    (project / ".rayignore").write_text("/data\n/jobs/notes.txt\n/again\n/loop\n/mlflow.db\n")
     (project / "alias.py").symlink_to("jobs/train_r50.py")
     (project / "aliases").symlink_to("pipelines")
     assert {"alias.py", "aliases/data/pack.py"} <= submission.sent_files(project).keys()

@@ -23,6 +23,7 @@ WITH_CREDENTIALS = {
     f"https://{quote(SECRET, safe='')}@host": "MLFLOW_TRACKING_TOKEN",
     f"HTTP://me:{SECRET}@host": "RAY_AUTH_TOKEN",
     f"http://me:{SECRET}@[::1]:5000": "MLFLOW_TRACKING_USERNAME",
+    f"https://host/x#access_token={SECRET}": "MLFLOW_TRACKING_TOKEN",
     f"https://host/x?token={SECRET}": "MLFLOW_TRACKING_TOKEN",
     f"https://host/x?a=1&X-Amz-Signature={SECRET}&b=2": "MLFLOW_TRACKING_TOKEN",
     f"https://host/x?sig={SECRET}": "MLFLOW_TRACKING_TOKEN",
@@ -61,6 +62,14 @@ def test_an_address_with_credentials_is_refused_without_showing_them(uri: str, r
             assert "s3cr" not in str(refusal.value)
             assert "\n" not in str(refusal.value)
     assert "s3cr" not in redacted(f"failed at {uri}: no answer from {uri}.")
+
+
+@pytest.mark.parametrize("sign", ["'", '"', " ", "\n"])
+@pytest.mark.parametrize("before", ["", "--tracking.uri="])
+def test_a_password_may_have_characters_that_end_words(sign: str, before: str) -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        refuse_credentials(f"{before}http://me:a{sign}{SECRET}@host:5000")
+    assert "s3cr" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("uri", WITHOUT)
