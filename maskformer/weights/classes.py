@@ -33,7 +33,7 @@ def move_classes(weights: Weights, head: dict[str, Tensor], taxonomy: Taxonomy) 
         ValueError: the file does not name its classes, and their number differs from the taxonomy's and COCO's.
     """
     weight, bias = (head[name] for name in HEAD)
-    if weight.dim() != 2 or bias.shape != weight.shape[:1]:
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or not weight.numel():
         return None
     num_classes = len(bias) - 1
     names = class_names(weights)

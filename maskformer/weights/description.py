@@ -66,7 +66,7 @@ def model_fields(weights: Weights) -> dict[str, Any]:
         unknown = native.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown:
             raise ValueError(
-                f"{weights.source} has a configuration with {escaped(', '.join(sorted(unknown)), 200)}, which this "
+                f"{weights.source} has a configuration with {escaped(', '.join(sorted(map(str, unknown))), 200)}, which this "
                 f"version does not know. Use the version that wrote it."
             )
         fields = {name: tuple(value) if _is_list(value) else value for name, value in native.items()}

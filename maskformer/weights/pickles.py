@@ -22,7 +22,7 @@ _SCRIPT = Path(__file__).with_name("unpickle.py")
 _PATIENCE = 60
 """Seconds to wait for the process, not counting the file: it computes for 6 seconds at most (see `unpickle.py`)."""
 _LARGEST_REQUEST = 2**16
-_LARGEST_RESULT = 96 * 2**20
+_LARGEST_RESULT = 32 * 2**20
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 """Variables that Python may need to start; the others may be secrets."""
 

@@ -31,9 +31,9 @@ class Place(NamedTuple):
     """Offset and bytes of a text in UTF-8, if the bytes were pickled as Latin-1 text: `at` counts in these bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor whose values are in a file."""
+    """A tensor whose values are in a file. Equal by identity: a file may have shapes with equal hashes."""
 
     place: Place
     dtype: torch.dtype
@@ -115,13 +115,14 @@ def read_tensors(file: BinaryIO, file_size: int, tensors: Iterable[StoredTensor]
         ValueError: storages overlap, or the tensors have more than twice the bytes of the file, or it is shorter.
     """
     named = list(tensors)
+    if len(named) > 4 * MAX_TENSORS:  # an optimizer has three for each of the network
+        raise ValueError(f"it has more than {4 * MAX_TENSORS:,} tensors")
     if sum(tensor.size for tensor in named) > 2 * file_size:
         raise ValueError("its tensors have more than twice as many bytes as the file")
-    wanted = list(dict.fromkeys(named))
-    _refuse_overlaps({tensor.place.text or (tensor.place.at, tensor.place.size) for tensor in wanted})
+    _refuse_overlaps({tensor.place.text or (tensor.place.at, tensor.place.size) for tensor in named})
     storages: dict[tuple[Place, bool, int], Tensor] = {}
     read: dict[StoredTensor, Tensor] = {}
-    for tensor in wanted:
+    for tensor in named:
         # Elements of another size in the other order of bytes would be other bytes.
         key = tensor.place, tensor.big_endian, tensor.dtype.itemsize if tensor.big_endian else 0
         if key not in storages:
@@ -144,7 +145,7 @@ def _refuse_overlaps(ranges: Iterable[tuple[int, int]]) -> None:
 def _read_storage(file: BinaryIO, tensor: StoredTensor) -> Tensor:
     place = tensor.place
     if place.text is None:
-        storage = torch.empty(place.size, dtype=torch.uint8)
+        storage = _taken(place.size)
         _read_into(file, place.at, _bytes_of(storage))
     else:
         text = bytearray(place.text[1])
@@ -153,13 +154,20 @@ def _read_storage(file: BinaryIO, tensor: StoredTensor) -> Tensor:
         size = len(data) if place.size < 0 else place.size
         if not 0 <= place.at <= len(data) or size > len(data) - place.at:
             raise ValueError("its values lie outside the file")
-        storage = torch.empty(size, dtype=torch.uint8)
+        storage = _taken(size)
         _bytes_of(storage)[:] = data[place.at : place.at + size]
     if tensor.big_endian != (sys.byteorder == "big") and tensor.dtype.itemsize > 1:
         if storage.numel() % tensor.dtype.itemsize:
             raise ValueError(f"its {storage.numel()} bytes are not a multiple of {tensor.dtype.itemsize}")
         storage = storage.view(-1, tensor.dtype.itemsize).flip(1).flatten()
     return storage
+
+
+def _taken(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except (RuntimeError, MemoryError):
+        raise ValueError(f"there is no memory for {size:,} bytes of it") from None
 
 
 def _bytes_of(storage: Tensor) -> memoryview:

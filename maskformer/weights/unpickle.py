@@ -262,21 +262,31 @@ def _scalar(number: Any, data: Any = None) -> Array:
     return Array(1, (), number, False, data)
 
 
-def _frombuffer(data: Any, number: Any, shape: Any, order: Any) -> Array:
+def _frombuffer(data: Any, number: Any, shape: Any, order: Any, axes: Any = None) -> Any:
+    if axes is not None or _text(order) not in ("C", "F"):
+        return Odd("an array whose axes are in another order; numpy.ascontiguousarray() changes it")
     return Array(1, shape, number, _text(order) == "F", data)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _: Any = None, __: Any = None, metadata: Any = None
+) -> Any:
     if not isinstance(storage, Storage) or type(offset) is not int:
         raise Damaged("a tensor without a storage")
+    if isinstance(metadata, Dict) and metadata.pairs:
+        return Odd("to be negated or conjugated; resolve_neg() and resolve_conj() do this")
     kind = storage.kind
     if kind.startswith("q"):
         return Odd("sparse, quantized or nested")
     return Tensor(storage, kind, offset, _numbers(shape), _numbers(strides))
 
 
-def _tensor_3(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, kind: Any, *___: Any) -> Any:
-    tensor = _tensor(storage, offset, shape, strides)
+def _tensor_3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, kind: Any, metadata: Any = None
+) -> Any:
+    tensor = _tensor(storage, offset, shape, strides, metadata=metadata)
+    if isinstance(tensor, Odd):
+        return tensor
     if not isinstance(kind, Name) or not kind.name.startswith("torch.") or not isinstance(tensor, Tensor):
         raise Damaged("a tensor without a type")
     tensor.kind = kind.name.removeprefix("torch.")
@@ -388,7 +398,7 @@ class Budget:
     """Opcodes that are left, in a file and in the files inside it."""
 
     def __init__(self) -> None:
-        self.opcodes, self.characters = OPCODES, CHARACTERS
+        self.opcodes = OPCODES
 
 
 class Unpickler:
@@ -454,8 +464,7 @@ class Unpickler:
         if not 0 <= size <= self.end - self.at:
             raise Damaged("it ends early")
         data = Data(self.at, size, self.inside, text == "utf-8")
-        if text and size <= LONGEST_TEXT and size <= self.budget.characters:
-            self.budget.characters -= size
+        if text and size <= LONGEST_TEXT:
             data.text = self.take(size).decode(text, "surrogatepass" if text == "utf-8" else "strict")
         else:
             self.at += size
@@ -804,7 +813,10 @@ def load_zip(file: BinaryIO, start: int, end: int, budget: Budget) -> Any:
         header = file.read(30)
         if len(header) != 30 or not header.startswith(b"PK\x03\x04"):
             raise Damaged("its zip file is not valid")
-        at = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        if file.read(name_size).decode("utf-8", "replace") != entry.orig_filename:
+            raise Damaged("its zip file is not valid")
+        at = entry.header_offset + 30 + name_size + extra_size
         if at + entry.file_size > end:
             raise Damaged("it ends early")
         return [at, entry.file_size]
@@ -872,12 +884,14 @@ class Describer:
         if isinstance(value, Tensor):
             if value.storage.place is None:
                 raise Damaged("it does not have the values of all tensors")
+            self._nodes -= 8 + 2 * len(value.shape)
             place = tuple(value.storage.place)
             index = self._index.setdefault(place, len(self.storages))
             if index == len(self.storages):
                 self.storages.append(value.storage.place)
             return ["T", index, value.kind, value.offset, list(value.shape), list(value.strides)]
         if isinstance(value, Array):
+            self._nodes -= 8 + 64
             return _describe_array(value)
         if isinstance(value, Odd):
             return ["!", value.reason]

@@ -243,7 +243,7 @@ def load(folder: Location) -> TrainingState:
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder} cannot be read by this version: its state.pt: {error}.") from error
     match rest:
-        case {"step": int(step), "optimizer": dict(optimizer)} if step >= 0 and not isinstance(step, bool):
+        case {"step": int(step), "optimizer": dict(optimizer)} if step == (step_of(folder) or step) >= 0:
             model, progress = rest.get("model", saved), rest.get("progress", {})
             if isinstance(progress, dict) and isinstance(model, dict) and _are_weights(model):
                 return TrainingState(step, model, optimizer, saved if "model" in rest else None, progress)

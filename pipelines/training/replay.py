@@ -24,6 +24,7 @@ from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.optim import parameter_groups
 from maskformer.taxonomy import Taxonomy
 from maskformer.untrusted import escaped
+from maskformer.weights import check_fit
 from pipelines.checkpoints.state import environment
 from pipelines.config.serialize import VERSION, from_dict, to_dict, upgraded
 from pipelines.config.train import TrainConfig
@@ -179,6 +180,7 @@ def read_bundle(folder: Location) -> Bundle:
                 f"bundle."
             )
         data[name] = _decoded(folder / name, safetensors.torch.load, part)
+    _decoded(folder / _MODEL, lambda tensors: check_fit(str(folder / _MODEL), tensors, config.model), data[_MODEL])
     network = _decoded(file, build_model, config.model).train()
     _decoded(folder / _MODEL, network.load_state_dict, data[_MODEL])
     of_rank = [

@@ -137,16 +137,19 @@ def fitting(folder: Location) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer, whose shapes torch does not check.
+    """Load the state of AdamW, which torch does not check. Its settings stay those of the configuration.
 
     Raises:
-        ValueError: a state is not of the shape of its parameter. Other exceptions if it is none of this optimizer.
+        ValueError: the state of a parameter is not that of AdamW. Other exceptions if it is none of this optimizer.
     """
-    optimizer.load_state_dict(state)
+    own = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in own]:
+        raise ValueError("its parameters are in other groups")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     for parameter, values in optimizer.state.items():
-        shapes = {value.shape for value in values.values() if isinstance(value, torch.Tensor) and value.dim()}
-        if not shapes <= {parameter.shape}:
-            raise ValueError(f"a parameter of the shape {tuple(parameter.shape)} has a state of another")
+        moments = [values["exp_avg"], values["exp_avg_sq"]]
+        if any(moment.shape != parameter.shape for moment in moments) or not math.isfinite(float(values["step"])):
+            raise ValueError(f"the state of a parameter of the shape {tuple(parameter.shape)} is not its own")
 
 
 @dataclass

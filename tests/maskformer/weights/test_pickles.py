@@ -158,3 +158,47 @@ def test_arrays_that_cannot_be_read_are_named(message: str) -> None:
     ) as error:
         read(io.BytesIO(pickle.dumps({"model": {"a.b": value}}, 4)))
     assert "\n" not in str(error.value)
+
+
+def saved(content: Any, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_that_is_to_be_negated_is_refused(zipped: bool) -> None:
+    """Its storage has other values: dropping the mark would change the weights silently."""
+    negated = torch.complex(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(ValueError, match=r"to be negated or conjugated"):
+        read(saved({"w": negated}, _use_new_zipfile_serialization=zipped))
+    assert torch.equal(read(saved({"w": negated.resolve_neg()})).tensors["w"], torch.tensor([-3.0, -4.0]))
+
+
+def test_arrays_pickled_as_much_text_are_read() -> None:
+    """Protocol 2 has no bytes, so arrays are text: a ResNet has a hundred megabytes of it."""
+    arrays = {f"w{number}": np.full(60_000, number, np.float32) for number in range(60)}
+    found = read(io.BytesIO(pickle.dumps(arrays, 2))).tensors
+    assert all(np.array_equal(found[name].numpy(), array) for name, array in arrays.items())
+
+
+def test_an_array_with_permuted_axes_is_refused() -> None:
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(1, 0, 2)
+    data = pickle.dumps({"w": array}, 5)
+    try:
+        assert np.array_equal(read(io.BytesIO(data)).tensors["w"].numpy(), array)
+    except ValueError as error:
+        assert "ascontiguousarray" in str(error)  # noqa: PT017  # numpy decides how it pickles them
+
+
+def test_many_references_to_a_tensor_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"more than 1,000,000 values"):
+        read(saved({"w": torch.zeros(1), "more": [torch.zeros(1)] * 150_000}))
+
+
+def test_a_local_header_of_another_name_is_refused() -> None:
+    data = saved({"w": torch.zeros(3)}).getvalue()
+    place = data.index(b"data/0")
+    with pytest.raises(ValueError, match=r"zip file is not valid"):
+        read(io.BytesIO(data[:place] + b"data/1" + data[place + 6 :]))
