@@ -163,6 +163,7 @@ def test_arrays_that_cannot_be_read_are_named(message: str) -> None:
 def saved(content: Any, **options: Any) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(content, file, **options)
+    file.seek(0)
     return file
 
 
@@ -193,8 +194,9 @@ def test_an_array_with_permuted_axes_is_refused() -> None:
 
 
 def test_many_references_to_a_tensor_are_refused() -> None:
+    tensor = torch.zeros(1)
     with pytest.raises(ValueError, match=r"more than 1,000,000 values"):
-        read(saved({"w": torch.zeros(1), "more": [torch.zeros(1)] * 150_000}))
+        read(saved({"w": tensor, "more": [tensor] * 150_000}))
 
 
 def test_a_local_header_of_another_name_is_refused() -> None:
