@@ -66,8 +66,8 @@ def model_fields(weights: Weights) -> dict[str, Any]:
         unknown = native.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown:
             raise ValueError(
-                f"{weights.source} has a configuration with {escaped(', '.join(sorted(map(str, unknown))), 200)}, which "
-                f"this version does not know. Use the version that wrote it."
+                f"{weights.source} has a configuration with {escaped(', '.join(sorted(map(str, unknown))), 200)}, "
+                f"which this version does not know. Use the version that wrote it."
             )
         fields = {name: tuple(value) if _is_list(value) else value for name, value in native.items()}
         if fields.get("backbone") not in get_args(get_type_hints(ModelConfig)["backbone"]):
