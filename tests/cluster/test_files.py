@@ -8,11 +8,13 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -819,6 +821,17 @@ def test_the_readmes_own_mlflow_server_is_closed_too() -> None:
         word for word in container["args"] if "allowed-hosts" in word or "artifacts-destination" in word
     }
     assert shared <= set(words)
+    # The name differs. Both answer at the address that the script of section 4 asks from inside of the container.
+    ours, theirs = (
+        flag.removeprefix("--allowed-hosts=").split(",")[1:]
+        for [flag] in (
+            [word for word in shlex.split(command.replace("\\\n", " ")) if word.startswith("--allowed-hosts=")],
+            [word for word in container["args"] if word.startswith("--allowed-hosts=")],
+        )
+    )
+    assert ours == theirs
+    [asked] = re.findall(r'get_app_client\("basic-auth", "http://([^"]+)"\)', README)
+    assert any(fnmatch(asked, pattern) for pattern in ours)
 
 
 def test_the_readme_names_every_file_and_only_files_that_exist() -> None:
