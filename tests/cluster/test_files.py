@@ -844,6 +844,11 @@ def test_the_readmes_own_mlflow_server_is_closed_too() -> None:
     assert any(fnmatch(asked, pattern) for pattern in ours)
 
 
+def test_the_readme_says_that_metrics_are_closed() -> None:
+    assert not any(admits("ingress", app, "prometheus", 8080) for app in ("ray-head", "ray-worker"))
+    assert "Prometheus" in README.split("## Not set up")[1]
+
+
 def test_the_readme_names_every_file_and_only_files_that_exist() -> None:
     assert not [name for name in re.findall(r"(?<!ray)cluster/[\w./-]*\w", README) if not (ROOT / name).exists()]
     tree = README.split("## The files")[1].split("```")[1]
