@@ -386,7 +386,7 @@ def test_the_head_starts_no_head_and_nobody_ends_what_is_not_the_clusters(
 
 
 def test_the_administrator_makes_the_role_of_spot_machines() -> None:
-    # EC2 makes it for those who use its console. A call of RunInstances for a spot machine needs the role, or the right.
+    # EC2 makes it for who uses its console. A call of RunInstances for a spot machine needs the role, or the right.
     right = "iam:CreateServiceLinkedRole"
     spot = [each for each in AWS["available_node_types"].values() if "InstanceMarketOptions" in each["node_config"]]
     assert spot
