@@ -34,9 +34,14 @@ numerics: .venv/installed  ## print hashes of losses and weights, which a refact
 bench: .venv/installed  ## measure the training step against its peers
 	@$(BIN)/python jobs/bench/peers.py --repeats 3 --bfloat16 --output docs/bench/$$(date +%F).md
 
-constraints: .venv/installed  ## write constraints-all.txt from .venv
-	@{ echo "# Everything that the tests ran with, on Python 3.11. Names and versions only; written by \`make constraints\`."; \
-		$(BIN)/python -m pip freeze --exclude-editable | sed -nE 's/^([A-Za-z0-9._-]+==[A-Za-z0-9.]+)(\+.*)?$$/\1/p'; } > $@-all.txt
+# Not after .venv/installed, which would first install the versions of the old file again.
+constraints:  ## write constraints-all.txt from .venv
+	@test -x $(BIN)/python || { echo "error: there is no $(BIN)/python. Call \`make test\` first." >&2; exit 2; }
+	@frozen="$$($(BIN)/python -m pip freeze --exclude-editable)" || exit; \
+	echo "$$frozen" | grep -q '^nvidia-' || { echo "error: the PyTorch in .venv is a build for CPUs, without the nvidia-* packages" \
+		"that GPUs need and constraints-all.txt pins. Install PyTorch from PyPI on Linux, then repeat." >&2; exit 2; }; \
+	{ echo "# Everything that the tests ran with, on Python 3.11. Names and versions only; written by \`make constraints\`."; \
+		echo "$$frozen" | sed -nE 's/^([A-Za-z0-9._-]+==[A-Za-z0-9.]+)(\+.*)?$$/\1/p'; } > $@-all.txt
 
 .venv/installed: pyproject.toml constraints-all.txt Makefile
 	@if test -x $(BIN)/python; then echo "Updating .venv."; else \

@@ -1,6 +1,9 @@
 """The pinned versions: complete, of one mind, and those that run here."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from importlib.metadata import requires as requirements
@@ -29,6 +32,9 @@ FIXED = {
     "pytest": "9.0.3",  # CVE-2025-71176
 }
 """The first release without the holes that are known to concern a direct dependency."""
+
+REINSTALL = "rm -f .venv/installed && make test"
+"""What the hint of a failed test says."""
 
 
 def pins(name: str) -> dict[str, str]:
@@ -65,7 +71,7 @@ def test_both_files_agree() -> None:
 
 def test_everything_that_is_needed_here_is_pinned() -> None:
     missing = needed(PROJECT, frozenset({"dev"})) - ALL.keys() - {PROJECT, "setuptools", "pip", "wheel"}
-    assert not missing, f"{sorted(missing)} have no pin. Run the tests, then `make constraints`."
+    assert not missing, f"{sorted(missing)} have no pin. Call `make constraints`, then run the tests again."
 
 
 def test_the_pins_are_what_runs_here() -> None:
@@ -80,8 +86,8 @@ def test_the_pins_are_what_runs_here() -> None:
         if installed != pinned:
             different[name] = f"{installed} instead of {pinned}"
     assert not different, (
-        f"{different}: run `make test`, which installs the pinned versions; "
-        "if the installed ones are wanted and the tests pass, `make constraints`."
+        f"{different}: `{REINSTALL}` installs the pinned versions; "
+        "if the installed ones are wanted, `make constraints && make test`."
     )
 
 
@@ -107,3 +113,77 @@ def test_installations_use_every_pin(file: str) -> None:
     assert lines
     for line in lines:
         assert "-c constraints-all.txt" in line or "--no-deps" in line, line
+
+
+FROZEN = "mlflow==3.99.0\nnvidia-cublas==13.1.1.3\ntorch==9.9.9+cu130\npanopticapi @ file:///somewhere\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a folder with the Makefile, in which `python -m pip` prints `frozen` or writes its call to `installs`."""
+    for name in ("Makefile", "pyproject.toml", "constraints-all.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nif [ "$3" = freeze ]; then cat frozen; else echo "$*" >> installs; fi\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / "frozen").write_text(FROZEN)
+    return tmp_path
+
+
+def make(checkout: Path, target: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "PYTHON=false", target], cwd=checkout, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def age(file: Path) -> None:
+    """Make a file older than every other."""
+    os.utime(file, (1, 1))
+
+
+def test_make_constraints_writes_what_is_installed_and_installs_nothing(checkout: Path) -> None:
+    age(checkout / ".venv" / "installed")  # the project's files have changed
+    result = make(checkout, "constraints")
+    assert result.returncode == 0, result.stderr
+    assert not (checkout / "installs").exists()
+    written = (checkout / "constraints-all.txt").read_text().splitlines()
+    assert written[0] == (ROOT / "constraints-all.txt").read_text().splitlines()[0]
+    assert written[1:] == ["mlflow==3.99.0", "nvidia-cublas==13.1.1.3", "torch==9.9.9"]
+
+
+@pytest.mark.parametrize(
+    "frozen", [FROZEN.replace("nvidia-cublas==13.1.1.3\n", "").replace("cu130", "cpu"), None], ids=["cpu", "failed"]
+)
+def test_make_constraints_refuses_a_build_for_cpus_and_a_pip_that_fails(checkout: Path, frozen: str | None) -> None:
+    if frozen is None:
+        (checkout / "frozen").unlink()
+    else:
+        (checkout / "frozen").write_text(frozen)
+    result = make(checkout, "constraints")
+    assert result.returncode
+    assert ("build for CPUs" in result.stderr) == (frozen is not None)
+    assert (checkout / "constraints-all.txt").read_text() == (ROOT / "constraints-all.txt").read_text()
+
+
+def test_make_constraints_needs_an_environment(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".venv")
+    result = make(checkout, "constraints")
+    assert result.returncode
+    assert "Call `make test` first." in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_the_pinned_versions_come_back_as_the_hint_says(checkout: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints-all.txt"):
+        age(checkout / name)
+    make(checkout, ".venv/installed")
+    assert not (checkout / "installs").exists()
+    subprocess.run(REINSTALL, shell=True, cwd=checkout, capture_output=True, timeout=60, check=True)
+    assert "-c constraints-all.txt" in (checkout / "installs").read_text()
+
+
+def test_a_version_is_moved_before_the_tests_compare_it() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert '-c constraints.txt -e ".[dev]" && make constraints && make test\n' in page

@@ -211,6 +211,12 @@ def test_pre_commit_runs_the_commands_of_make_check() -> None:
 # ---- names
 
 
+def test_a_release_in_the_changelog_has_each_heading_once() -> None:
+    for release in re.split(r"^## ", TEXTS["CHANGELOG.md"], flags=re.M)[1:]:
+        headings = re.findall(r"^### .*", release, re.M)
+        assert len(headings) == len(set(headings)), headings
+
+
 def test_every_link_leads_to_a_file_and_a_heading() -> None:
     for page, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)\s]+)\)", text):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -382,6 +383,18 @@ def test_the_head_starts_no_head_and_nobody_ends_what_is_not_the_clusters(
     ]:
         assert denied(name, operation, given, owner="other")
         assert denied(name, operation, given, owner="")
+
+
+def test_the_administrator_makes_the_role_of_spot_machines() -> None:
+    # EC2 makes it for who uses its console. A call of RunInstances for a spot machine needs the role, or the right.
+    right = "iam:CreateServiceLinkedRole"
+    spot = [each for each in AWS["available_node_types"].values() if "InstanceMarketOptions" in each["node_config"]]
+    assert spot
+    assert not any(right in actions(POLICIES[name]) for name in ("ec2-ray-up", "ec2-head"))
+    made = re.findall(
+        r"^aws iam create-service-linked-role --aws-service-name (\S+)$", (CLUSTER / "README.md").read_text(), re.M
+    )
+    assert made == ["spot.amazonaws.com"]
 
 
 def test_machines_are_as_the_policies_ask() -> None:

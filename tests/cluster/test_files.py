@@ -8,11 +8,13 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -564,11 +566,19 @@ def test_there_is_no_secret_in_any_file() -> None:
 NAMESPACE = {"kubernetes.io/metadata.name": "maskformer"}
 PEERS = {
     **{app: ({"app": app}, NAMESPACE) for app in ("ray-head", "ray-worker", "submitter", "mlflow", "redis", "another")},
-    "operator": (
-        {"app.kubernetes.io/name": "kuberay-operator"},
+    "operator of Helm": (
+        {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"},
         {"kubernetes.io/metadata.name": "kuberay-operator"},
     ),
-    "impostor": ({"app.kubernetes.io/name": "kuberay-operator"}, {"kubernetes.io/metadata.name": "default"}),
+    "operator of kustomize": (
+        {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"},
+        {"kubernetes.io/metadata.name": "kuberay-operator"},
+    ),
+    "impostor": (
+        {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"},
+        {"kubernetes.io/metadata.name": "default"},
+    ),
+    "prometheus": ({"app.kubernetes.io/name": "prometheus"}, {"kubernetes.io/metadata.name": "monitoring"}),
     "names": ({"k8s-app": "kube-dns"}, {"kubernetes.io/metadata.name": "kube-system"}),
     "stranger": ({"app": "ray-worker"}, {"kubernetes.io/metadata.name": "default"}),
 }
@@ -676,9 +686,11 @@ def templates(node: Any) -> Iterator[dict[str, Any]]:
             yield from templates(value)
 
 
+PORTS = (5000, 6379, 8080, 8265, 10001, 41234)
 OPEN = {
     ("submitter", "ray-head", 8265),
-    ("operator", "ray-head", 8265),
+    ("operator of Helm", "ray-head", 8265),
+    ("operator of kustomize", "ray-head", 8265),
     ("ray-head", "mlflow", 5000),
     ("ray-worker", "mlflow", 5000),
     ("ray-head", "redis", 6379),
@@ -686,17 +698,17 @@ OPEN = {
         (one, other, port)
         for one in ("ray-head", "ray-worker")
         for other in ("ray-head", "ray-worker")
-        for port in (5000, 6379, 8265, 10001, 41234)
+        for port in PORTS
     ),
 }
-"""Who may reach whom, and at which port."""
+"""Who may reach whom, and at which port. KubeRay has Ray's metrics at 8080."""
 
 
 def test_pods_reach_whom_they_need_and_nobody_else() -> None:
     ours = ["ray-head", "ray-worker", "submitter", "mlflow", "redis", "another"]
     for source in PEERS:
         for target in ours:
-            for port in (5000, 6379, 8265, 10001, 41234):
+            for port in PORTS:
                 received = admits("ingress", target, source, port)
                 assert received == ((source, target, port) in OPEN), (source, target, port)
                 if source in ours:
@@ -819,6 +831,22 @@ def test_the_readmes_own_mlflow_server_is_closed_too() -> None:
         word for word in container["args"] if "allowed-hosts" in word or "artifacts-destination" in word
     }
     assert shared <= set(words)
+    # The name differs. Both answer at the address that the script of section 4 asks from inside of the container.
+    ours, theirs = (
+        flag.removeprefix("--allowed-hosts=").split(",")[1:]
+        for [flag] in (
+            [word for word in shlex.split(command.replace("\\\n", " ")) if word.startswith("--allowed-hosts=")],
+            [word for word in container["args"] if word.startswith("--allowed-hosts=")],
+        )
+    )
+    assert ours == theirs
+    [asked] = re.findall(r'get_app_client\("basic-auth", "http://([^"]+)"\)', README)
+    assert any(fnmatch(asked, pattern) for pattern in ours)
+
+
+def test_the_readme_says_that_metrics_are_closed() -> None:
+    assert not any(admits("ingress", app, "prometheus", 8080) for app in ("ray-head", "ray-worker"))
+    assert "Prometheus" in README.split("## Not set up")[1]
 
 
 def test_the_readme_names_every_file_and_only_files_that_exist() -> None:
