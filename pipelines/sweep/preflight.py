@@ -115,16 +115,18 @@ def prepare_trials(prepared: PreparedRun, store: TrialStore) -> dict[str, Prepar
     """Prepare the run of each open trial. Values that are valid one by one may be invalid in combination.
 
     Raises:
-        UserError: a trial is impossible, or has a different number of steps than the others.
+        UserError: a trial is impossible, has a different number of steps than the others, or has a value of a setting
+            that no sweep varies.
     """
     runs: dict[str, PreparedRun] = {}
     checked_weights = set()
-    for trial in store.open:
+    for trial in store.records:  # also those that have ended, of which the best becomes best.json
         if fixed := [name for name in trial.values if facts(name).in_sweep != "varies"]:
             raise UserError(
                 f"{store.folder}/trials.json gives {trial.name} values of {escaped(', '.join(fixed))}, which no sweep "
                 f"varies. Restore the file, or choose another --run.name."
             )
+    for trial in store.open:
         try:
             config = with_overrides(prepared.config, trial.values)
             config = replace(config, run=replace(config.run, name=trial.name, storage=str(store.folder)))
