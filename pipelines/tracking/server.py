@@ -82,22 +82,22 @@ def require_artifacts(uri: str, location: str) -> None:
     """Refuse artifacts on another host than the server: MLflow's client would send it user name and password.
 
     Whoever can write to a database or a registry chooses the location. Buckets are allowed: their keys sign requests to
-    the endpoint of the environment only. A SQLite file may have come with a checkpoint, so it names no host at all.
+    the endpoint of the environment only. All else is refused: `runs:` and `models:` lead to another location, and
+    stores such as `sftp:` have a host of their own.
 
     Args:
         uri: of the server or database.
         location: of artifacts, as it says.
 
     Raises:
-        UserError: they are on another host.
+        UserError: they are on another host, or the location is none that is known.
     """
-    server, found = urlsplit(uri), urlsplit(location)
-    if found.scheme in _STORES or (
-        found.netloc in ("", server.netloc)
-        if found.scheme in ("mlflow-artifacts", "http", "https")
-        else not uri.startswith("sqlite")
-    ):
-        return
+    with contextlib.suppress(ValueError):  # such as http://[x
+        server, found = urlsplit(uri), urlsplit(location)
+        of_server = found.scheme in ("http", "https") or (found.scheme == "mlflow-artifacts" and bool(found.netloc))
+        same_host = bool(server.netloc) and found.netloc.lower() == server.netloc.lower()
+        if found.scheme in (*_STORES, "mlflow-artifacts") if not of_server else same_host:
+            return
     raise UserError(
         f"MLflow at {uri} names {escaped(redacted(location), 200)} as the place of artifacts, another host. It is not "
         f"contacted: it would get the user name and password of this one. Use a server or database whose "
