@@ -132,7 +132,9 @@ def stored(name: Any = "trial-000", **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "trial",
     [
-        *map(stored, ("../production", "/production", "trial-000/../../production", "trial-1", "trial-000\n", "", [1], 1)),
+        *map(
+            stored, ("../production", "/production", "trial-000/../../production", "trial-1", "trial-000\n", "", [1], 1)
+        ),
         stored(values=[1]),
         stored(status=["finished"]),
         stored(status="\x1b[2J"),
