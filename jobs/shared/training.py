@@ -1,7 +1,6 @@
 """Command line of the training jobs: a recipe, each of whose settings is a flag."""
 
 import argparse
-import json
 import logging
 import os
 import shlex
@@ -14,7 +13,7 @@ import tyro
 from jobs.shared.cli import asks_for_help, is_given, parse
 from jobs.shared.console import quiet
 from jobs.shared.streams import print_line
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.config.fields import ESSENTIAL, facts
 from pipelines.config.overrides import flatten, with_overrides
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
@@ -174,9 +173,9 @@ def _settings_of(uri: str) -> dict[str, Any]:
     file = locate(uri)
     if file.is_dir() or not file.exists():
         raise UserError(f"There is no file {file}. Give --config {form}, or the config.json of a run.")
-    content = file.read_bytes()
+    content = file.read_bytes(MAX_JSON_BYTES)
     try:
-        values = json.loads(content)
+        values = parse_json(content)
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}. Give --config {form}.") from error
     if not isinstance(values, dict):

@@ -1,11 +1,10 @@
 """Everything that is checked before a sweep starts, on top of what is checked for each of its trials."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
 from pipelines.config.fields import facts
@@ -84,7 +83,7 @@ def earlier_run_id(folder: Location, record: dict[str, Any]) -> str:
             raise UserError(f"{folder} is not empty and holds no sweep. Choose another --run.name.")
         return ""
     try:
-        earlier = json.loads(file.read_text())
+        earlier = parse_json(file.read_bytes(MAX_JSON_BYTES))
         run_id: str = earlier["mlflow_run_id"]
         version = earlier.get("version", 1)
         changes = differing_settings(earlier["config"], record["config"])

@@ -148,6 +148,7 @@ def test_help_names_the_flag(
     [
         ("", [], r"{file} is not JSON: .*Give --config a JSON object of settings, such as"),
         ('{"run": ', [], r"{file} is not JSON: "),
+        (100_000 * "[", [], r"{file} is not JSON: its lists and objects are nested too deeply"),
         ("\udcff", [], r"{file} is not JSON: "),
         ("[1]", [], r"{file} holds a list\. Give --config a JSON object"),
         ('{"optimizer": {"momentum": 0.9}}', [], r"{file} cannot be used .* no setting 'optimizer\.momentum'"),
