@@ -79,7 +79,8 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
     print_line(str(result.mlflow_run))
     if result.status == "stopped":
         storage = result.folder.rpartition("/")[0]
-        print_line(f"to resume: the same command with --run.name {result.name} --run.storage {storage}")
+        again = f"--run.name {shlex.quote(result.name)} --run.storage {shlex.quote(storage)}"
+        print_line(f"to resume: the same command with {again}")
         return 130
     return 0
 
@@ -151,6 +152,13 @@ def _require_asked_for(config: TrainConfig, recipe: TrainConfig, file: str) -> N
         )
     if of_file and not asks_for_help():
         logger.info("From %s: %s.", file, ", ".join(f"{name} {escaped(named[name])}" for name in of_file))
+
+
+def flags_for(file: str, config: TrainConfig) -> str:
+    """Return the flags to use a file of settings that has the addresses of `config`, quoted for a shell."""
+    values = flatten(to_dict(config))
+    addresses = {f"--{name}": values[name] for name in _ADDRESSES if _is_on_network(values[name])}
+    return " ".join(f"{flag} {shlex.quote(value)}" for flag, value in {"--config": file, **addresses}.items())
 
 
 def _is_on_network(address: str) -> bool:

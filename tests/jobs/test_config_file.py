@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pipelines.demo.run
 import pipelines.training
 from jobs import plan, train_demo, train_r50
 from jobs.shared.cli import run
+from jobs.shared.training import flags_for
 from pipelines.config.recipes import DEMO, R50_MMDET, R50_ORIGINAL
 from pipelines.config.resolve import resolve
 from pipelines.config.serialize import VERSION, to_dict
@@ -109,6 +111,15 @@ def test_bfloat16_of_an_older_record_stays_for_gpus_only(
 def test_a_file_in_a_bucket(train: Train, bucket: str) -> None:
     (locate(bucket) / "settings.json").write_text('{"optimizer.lr": 0.5}')
     assert train("--config", f"{bucket}/settings.json").optimizer.lr == 0.5
+
+
+def test_the_flags_for_a_file_make_it_usable(train: Train, bucket: str) -> None:
+    storage = f"{bucket}/my runs"
+    config = replace(R50_MMDET, run=replace(R50_MMDET.run, storage=storage), data=replace(R50_MMDET.data, train="/a b"))
+    (locate(storage) / "best.json").write_text(json.dumps(to_dict(config)))
+    given = flags_for(f"{storage}/best.json", config)
+    assert given == f"--config '{storage}/best.json' --run.storage '{storage}'"
+    assert train(*shlex.split(given)) == config
 
 
 def test_the_demo_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
