@@ -3,14 +3,17 @@
 python jobs/convert_weights.py --input maskformer_r50.pth --output maskformer_r50.onnx --to onnx
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jobs.shared.cli import parse, run
 from jobs.shared.streams import print_line
+from maskformer.untrusted import escaped, read_json
 from pipelines.errors import UserError
+
+_MAX_BYTES = 2 * 2**30
+"""Bytes of an annotation file, of which COCO's largest has less than half."""
 
 if TYPE_CHECKING:
     from maskformer import MaskFormer, Segmenter, Taxonomy, weights
@@ -104,12 +107,12 @@ def _read_categories(path: Path) -> "Taxonomy":
     from maskformer import Taxonomy
 
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path, _MAX_BYTES)
         return Taxonomy.from_coco(content["categories"] if isinstance(content, dict) else content)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} has no categories ({type(error).__name__}: {error}). Give a COCO panoptic annotation file, or the "
-            f"list of its categories."
+            f"{path} has no categories ({type(error).__name__}: {escaped(error, 200)}). Give a COCO "
+            f"panoptic annotation file, or the list of its categories."
         ) from error
 
 

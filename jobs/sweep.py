@@ -7,6 +7,7 @@ Each trial is a training run of its own below <run.storage>/<run.name>, with a c
 resumes a sweep that was stopped.
 """
 
+import shlex
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import tyro
 from jobs.shared.cli import parse, run
 from jobs.shared.console import quiet
 from jobs.shared.streams import print_line
-from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, with_recipes
+from jobs.shared.training import USAGE, TrainFlags, chosen_recipe, flags_for, with_recipes
 from pipelines.config.recipes import RECIPES
 from pipelines.config.sweep import SweepConfig
 
@@ -51,9 +52,10 @@ def main() -> int:
     print(result.report)
     print_line(str(result.mlflow_run))
     if result.best is None:
-        print_line(f"to resume: the same command with --run.name {result.name}")
+        print_line(f"to resume: the same command with --run.name {shlex.quote(result.name)}")
         return 130
-    print_line(f"the best is {result.best.name}; to train with its settings: --config {result.folder}/best.json")
+    again = flags_for(f"{result.folder}/best.json", flags.training)
+    print_line(f"the best is {result.best.name}; to train with its settings: {again}")
     return 0
 
 

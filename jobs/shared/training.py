@@ -1,7 +1,6 @@
 """Command line of the training jobs: a recipe, each of whose settings is a flag."""
 
 import argparse
-import json
 import logging
 import os
 import shlex
@@ -14,7 +13,7 @@ import tyro
 from jobs.shared.cli import asks_for_help, is_given, parse
 from jobs.shared.console import quiet
 from jobs.shared.streams import print_line
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.config.fields import ESSENTIAL, facts
 from pipelines.config.overrides import flatten, with_overrides
 from pipelines.config.recipes import COCO_TRAIN_IMAGES
@@ -80,7 +79,8 @@ def train(description: str | None, *recipes: TrainConfig) -> int:
     print_line(str(result.mlflow_run))
     if result.status == "stopped":
         storage = result.folder.rpartition("/")[0]
-        print_line(f"to resume: the same command with --run.name {result.name} --run.storage {storage}")
+        again = f"--run.name {shlex.quote(result.name)} --run.storage {shlex.quote(storage)}"
+        print_line(f"to resume: the same command with {again}")
         return 130
     return 0
 
@@ -154,6 +154,13 @@ def _require_asked_for(config: TrainConfig, recipe: TrainConfig, file: str) -> N
         logger.info("From %s: %s.", file, ", ".join(f"{name} {escaped(named[name])}" for name in of_file))
 
 
+def flags_for(file: str, config: TrainConfig) -> str:
+    """Return the flags to use a file of settings that has the addresses of `config`, quoted for a shell."""
+    values = flatten(to_dict(config))
+    addresses = {f"--{name}": values[name] for name in _ADDRESSES if _is_on_network(values[name])}
+    return " ".join(f"{flag} {shlex.quote(value)}" for flag, value in {"--config": file, **addresses}.items())
+
+
 def _is_on_network(address: str) -> bool:
     return "://" in address and not address.lower().startswith(("file:", "sqlite:"))
 
@@ -174,9 +181,9 @@ def _settings_of(uri: str) -> dict[str, Any]:
     file = locate(uri)
     if file.is_dir() or not file.exists():
         raise UserError(f"There is no file {file}. Give --config {form}, or the config.json of a run.")
-    content = file.read_bytes()
+    content = file.read_bytes(MAX_JSON_BYTES)
     try:
-        values = json.loads(content)
+        values = parse_json(content)
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}. Give --config {form}.") from error
     if not isinstance(values, dict):

@@ -1,10 +1,9 @@
 """Finding another evaluation on disk, to compare one with."""
 
-import json
 from typing import Any
 
 from maskformer.analysis.summary import summarize
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.credentials import redacted
 from pipelines.data.manifest import PackedSet
 from pipelines.errors import UserError
@@ -63,7 +62,12 @@ def _newest(location: Location, samples: PackedSet) -> tuple[Location, dict[str,
             f"The evaluation at {location} is on other data than {samples.uri} (the hashes of their manifests differ), "
             f"so the two cannot be compared. Evaluate that run on this data first."
         )
-    return max(same, key=lambda each: each[1].get("step") or 0)
+    return max(same, key=lambda each: _step(each[1]))
+
+
+def _step(summary: dict[str, Any]) -> int:
+    step = summary.get("step")
+    return step if isinstance(step, int) else 0  # of another type only in a file that no evaluation wrote
 
 
 def _summary(folder: Location) -> dict[str, Any] | None:
@@ -71,7 +75,7 @@ def _summary(folder: Location) -> dict[str, Any] | None:
     if not (folder / METRICS).exists() or not (folder / IMAGES).exists():
         return None
     try:
-        summary = json.loads((folder / METRICS).read_text())
+        summary = parse_json((folder / METRICS).read_bytes(MAX_JSON_BYTES))
         return {**summary, "data_hash": summary["data_hash"], "predictions": summary["predictions"]}
     except (KeyError, TypeError, ValueError):
         return None

@@ -36,7 +36,7 @@ from pipelines.tracking.model_card import model_card
 from pipelines.tracking.quality import Quality
 from pipelines.tracking.registry import Registered
 from pipelines.tracking.runs import TrackedRun
-from pipelines.tracking.server import connect, current, explained, one_line, require_reachable
+from pipelines.tracking.server import connect, current, explained, found, one_line, require_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,19 @@ def publish(config: PublishConfig) -> Published:
     samples, other = _opened(config)
     saved = open_model(config.checkpoint, samples.taxonomy)
     uri = _tracking_uri(config, saved)
+    given = or_environment("tracking.uri", config.tracking.uri)
+    with found("" if given else uri):
+        return _publish(config, saved, samples, other, uri, anew=bool(config.register) and not given)
+
+
+def _publish(
+    config: PublishConfig,
+    saved: SavedModel,
+    samples: PackedSet,
+    other: EvaluationResult | None,
+    uri: str,
+    anew: bool,
+) -> Published:
     client = connect(uri, create=uri == own_database(_storage_of(saved)))
     if config.register:
         registry.require_names(client, config.register, config.alias)
@@ -109,7 +122,7 @@ def publish(config: PublishConfig) -> Published:
     _require_other_output(output, other)
     training = TrackedRun.find(uri, saved.config.tracking.experiment, saved.folder)
     history = training.history("quick_pq/all") if training else []
-    run, model = _start(client, uri, replace(config, output=output), saved, data, training)
+    run, model = _start(client, uri, replace(config, output=output), saved, data, training, anew)
     try:
         with evaluations.system_metrics(run), session():
             evaluation = evaluate(
@@ -221,6 +234,7 @@ def _start(
     saved: SavedModel,
     data: EvaluatedData,
     training: TrackedRun | None,
+    anew: bool,
 ) -> tuple[TrackedRun, LoggedModel]:
     """Create the MLflow run of an evaluation, and link it with the training, the model and the data."""
     experiment = saved.config.tracking.experiment
@@ -239,7 +253,7 @@ def _start(
     try:
         with current(uri):
             experiment_id = client.get_run(run.run_id).info.experiment_id
-            model = logged_model(client, saved, experiment_id, training.run_id if training else run.run_id)
+            model = logged_model(client, saved, experiment_id, training.run_id if training else run.run_id, anew)
             evaluations.link(run, model.model_id, data)
     except MlflowException as error:
         run.close("FAILED", {"cause": one_line(error)})

@@ -1,11 +1,10 @@
 """Everything that is checked before a sweep starts, on top of what is checked for each of its trials."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.cluster import checks
 from pipelines.cluster.capacity import Demand, require_fit
 from pipelines.config.fields import facts
@@ -84,7 +83,7 @@ def earlier_run_id(folder: Location, record: dict[str, Any]) -> str:
             raise UserError(f"{folder} is not empty and holds no sweep. Choose another --run.name.")
         return ""
     try:
-        earlier = json.loads(file.read_text())
+        earlier = parse_json(file.read_bytes(MAX_JSON_BYTES))
         run_id: str = earlier["mlflow_run_id"]
         version = earlier.get("version", 1)
         changes = differing_settings(earlier["config"], record["config"])
@@ -115,16 +114,18 @@ def prepare_trials(prepared: PreparedRun, store: TrialStore) -> dict[str, Prepar
     """Prepare the run of each open trial. Values that are valid one by one may be invalid in combination.
 
     Raises:
-        UserError: a trial is impossible, or has a different number of steps than the others.
+        UserError: a trial is impossible, has a different number of steps than the others, or has a value of a setting
+            that no sweep varies.
     """
     runs: dict[str, PreparedRun] = {}
     checked_weights = set()
-    for trial in store.open:
+    for trial in store.records:  # also those that have ended, of which the best becomes best.json
         if fixed := [name for name in trial.values if facts(name).in_sweep != "varies"]:
             raise UserError(
                 f"{store.folder}/trials.json gives {trial.name} values of {escaped(', '.join(fixed))}, which no sweep "
                 f"varies. Restore the file, or choose another --run.name."
             )
+    for trial in store.open:
         try:
             config = with_overrides(prepared.config, trial.values)
             config = replace(config, run=replace(config.run, name=trial.name, storage=str(store.folder)))

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
 from pipelines.sweep import report
@@ -21,6 +23,7 @@ _PATIENCE = 10.0
 """Seconds that housekeeping waits for the storage."""
 
 _ENDED = ("finished", "stopped early", "failed")
+_STATUSES = (*_ENDED, "waiting", "running")
 
 
 class TrialStore:
@@ -44,12 +47,14 @@ class TrialStore:
 
     def _read(self) -> list[TrialRecord]:
         try:
-            lines = json.loads(self._file.read_text())
-            return [TrialRecord(**{**line, "results": [(s, pq) for s, pq in line["results"]]}) for line in lines]
+            trials = [_trial(line) for line in parse_json(self._file.read_bytes(MAX_JSON_BYTES))]
+            if len({trial.name for trial in trials}) < len(trials):
+                raise ValueError("two trials have the same name")
+            return trials
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self._file} is not the trials.json of a sweep ({type(error).__name__}: {error}). Restore it, "
-                f"or choose another --run.name."
+                f"{self._file} is not the trials.json of a sweep ({type(error).__name__}: {escaped(error, 200)}). "
+                f"Restore it, or choose another --run.name."
             ) from error
 
     @property
@@ -106,6 +111,24 @@ class TrialStore:
                         checkpoints.delete()
             except (UserError, StorageUnavailableError, OSError) as error:  # the sweep can continue
                 logger.warning("The checkpoints of %s were not deleted. %s", trial.name, error)
+
+
+def _trial(line: dict[str, Any]) -> TrialRecord:
+    """Return the trial of an entry of trials.json, which may come from a stranger: folders are deleted by its name.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    trial = TrialRecord(**{**line, "results": [(step, pq) for step, pq in line["results"]]})
+    if not isinstance(trial.name, str) or not re.fullmatch(r"trial-[0-9]{3,}", trial.name):
+        raise ValueError(f"{trial.name!r} is not the name of a trial")
+    if not isinstance(trial.values, dict) or not isinstance(trial.cause, str):
+        raise TypeError(f"{trial.name} has no values or no cause")
+    if trial.status not in _STATUSES:
+        raise ValueError(f"{trial.name} has the status {trial.status!r}")
+    if not all(type(step) is int and type(pq) in (int, float) for step, pq in trial.results):
+        raise TypeError(f"{trial.name} has results that are not numbers")
+    return trial
 
 
 class Recorder(tune.Callback):

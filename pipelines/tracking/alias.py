@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.default_context import DefaultRunContext
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from pipelines.errors import UserError
 
 _NAME, _RESERVED = re.compile(r"[\w-]{1,200}"), re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -124,6 +124,6 @@ def _others(client: MlflowClient, name: str, alias: str, mine: str) -> list[str]
 
 def _written(value: str) -> float:
     try:
-        return float(json.loads(value)["time"])
+        return float(parse_json(value)["time"])
     except (ValueError, TypeError, KeyError):
         return 0.0

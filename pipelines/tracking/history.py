@@ -8,7 +8,7 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from maskformer.analysis.bootstrap import Difference
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from pipelines.errors import UserError
 from pipelines.tracking.alias import current_user, history_tag
 from pipelines.tracking.evaluations import Evaluation
@@ -74,7 +74,7 @@ def read(client: MlflowClient, name: str, alias: str) -> list[Entry]:
     """
     text = client.get_registered_model(name).tags.get(history_tag(alias))
     try:
-        return [Entry(**values) for values in json.loads(text)] if text else []
+        return [Entry(**values) for values in parse_json(text)] if text else []
     except (ValueError, TypeError) as error:
         raise UserError(
             f"The tag {history_tag(alias)} of the registered model {name} does not hold the history of an alias "

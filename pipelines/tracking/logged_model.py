@@ -35,15 +35,18 @@ _NAME, _TYPE = "panoptic", "maskformer"
 _REQUIREMENTS = ("torch", "torchvision", "numpy", "scipy", "safetensors", "pillow", "pandas", "jaxtyping")
 
 
-def logged_model(client: MlflowClient, saved: SavedModel, experiment_id: str, source_run: str) -> LoggedModel:
+def logged_model(
+    client: MlflowClient, saved: SavedModel, experiment_id: str, source_run: str, anew: bool = False
+) -> LoggedModel:
     """Return the LoggedModel of a checkpoint; create it if the experiment has none.
 
     Args:
         saved: with the thresholds that it is evaluated with.
         source_run: id of the run that a new one belongs to: that of the training, or else of the evaluation.
+        anew: create it in any case. One that a stranger's database has would be registered with the stranger's code.
     """
     fingerprint = _fingerprint(saved)
-    if found := _find(client, experiment_id, fingerprint):
+    if not anew and (found := _find(client, experiment_id, fingerprint)):
         return found
     params = flatten(without_secrets(to_dict(saved.config)))
     params.pop("tracking.uri")
@@ -56,7 +59,7 @@ def logged_model(client: MlflowClient, saved: SavedModel, experiment_id: str, so
         experiment_id=experiment_id,
     )
     # Of two evaluations that begin at the same time, both use the older one.
-    found = _find(client, experiment_id, fingerprint) or created
+    found = created if anew else _find(client, experiment_id, fingerprint) or created
     if found.model_id != created.model_id:
         client.delete_logged_model(created.model_id)
     return found

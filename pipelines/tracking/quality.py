@@ -9,6 +9,7 @@ from typing import Any
 
 from maskformer.panoptic_quality import ClassQuality
 from maskformer.taxonomy import Taxonomy
+from maskformer.untrusted import parse_json
 
 FILE = "quality.json.gz"
 
@@ -40,7 +41,7 @@ class Quality:
             ValueError: it is damaged.
         """
         try:
-            found = json.loads(gzip.decompress(content))
+            found = parse_json(gzip.decompress(content))
             return cls(
                 data_hash=str(found["data_hash"]),
                 taxonomy=Taxonomy.from_coco(found["categories"]),

@@ -261,6 +261,7 @@ def _create(
     params = [Param(key, str(value)) for key, value in flatten(config).items()]
     for start in range(0, len(params), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
+    require_artifacts(client.tracking_uri, client.get_run(run_id).info.artifact_uri or "")
     client.log_dict(run_id, config, "config.json")
     return run_id
 

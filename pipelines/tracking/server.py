@@ -5,12 +5,14 @@ import os
 import sqlite3
 import urllib.error
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from maskformer.untrusted import escaped
 from pipelines.credentials import open_url, redacted, redirect, refuse_credentials
@@ -19,6 +21,9 @@ from pipelines.errors import UserError
 _DENIED = (401, 403)
 _STORES = ("", "file", "s3", "gs", "wasbs", "abfss")
 """Schemes of places of artifacts whose hosts the environment chooses."""
+
+_found: ContextVar[str] = ContextVar("found", default="")
+"""The URI of a database that no one named: it was found beside a checkpoint, and both may be of a stranger."""
 
 # MLflow's client reads it at each request. It would send what it sends to the server to wherever that redirects.
 os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
@@ -82,27 +87,55 @@ def require_artifacts(uri: str, location: str) -> None:
     """Refuse artifacts on another host than the server: MLflow's client would send it user name and password.
 
     Whoever can write to a database or a registry chooses the location. Buckets are allowed: their keys sign requests to
-    the endpoint of the environment only. A SQLite file may have come with a checkpoint, so it names no host at all.
+    the endpoint of the environment only. All else is refused: `runs:` and `models:` lead to another location, and
+    stores such as `sftp:` have a host of their own. A database inside of `found` has artifacts only in its own folder.
 
     Args:
         uri: of the server or database.
         location: of artifacts, as it says.
 
     Raises:
-        UserError: they are on another host.
+        UserError: they are on another host, or the location is none that is known.
     """
-    server, found = urlsplit(uri), urlsplit(location)
-    if found.scheme in _STORES or (
-        found.netloc in ("", server.netloc)
-        if found.scheme in ("mlflow-artifacts", "http", "https")
-        else not uri.startswith("sqlite")
-    ):
+    if uri == _found.get():
+        _require_below(uri, location)
         return
+    with contextlib.suppress(ValueError):  # such as http://[x
+        server, place = urlsplit(uri), urlsplit(location)
+        of_server = place.scheme in ("http", "https") or (place.scheme == "mlflow-artifacts" and bool(place.netloc))
+        same_host = bool(server.netloc) and place.netloc.lower() == server.netloc.lower()
+        if place.scheme in (*_STORES, "mlflow-artifacts") if not of_server else same_host:
+            return
     raise UserError(
         f"MLflow at {uri} names {escaped(redacted(location), 200)} as the place of artifacts, another host. It is not "
         f"contacted: it would get the user name and password of this one. Use a server or database whose "
         f"artifacts are on the same host, in a bucket or in a local folder."
     )
+
+
+def _require_below(uri: str, location: str) -> None:
+    folder = Path(uri.removeprefix("sqlite:///")).parent.resolve()
+    with contextlib.suppress(ValueError, OSError):
+        scheme = urlsplit(location).scheme
+        if not location or (
+            scheme in ("", "file") and Path(local_file_uri_to_path(location)).resolve().is_relative_to(folder)
+        ):
+            return
+    raise UserError(
+        f"The database {uri}, which lies beside the checkpoint, names {escaped(redacted(location), 200)} as the place "
+        f"of artifacts, which is not in its folder. Nothing is written there. If the database is yours, name it by "
+        f"--tracking.uri {escaped(uri)}; otherwise name another one."
+    )
+
+
+@contextlib.contextmanager
+def found(uri: str) -> Iterator[None]:
+    """Trust the database `uri` with nothing outside of its folder inside the block. Empty: no database."""
+    token = _found.set(uri)
+    try:
+        yield
+    finally:
+        _found.reset(token)
 
 
 @contextlib.contextmanager

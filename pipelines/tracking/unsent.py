@@ -14,6 +14,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
+from maskformer.untrusted import MAX_JSON_BYTES, parse_json
 from pipelines.errors import UserError
 from pipelines.storage import Location
 from pipelines.tracking.server import one_line
@@ -74,7 +75,7 @@ class Unsent:
 
     def read_status(self) -> RunStatus | None:
         try:
-            return RunStatus(**json.loads((self.folder / "status.json").read_text()))
+            return RunStatus(**parse_json((self.folder / "status.json").read_bytes(MAX_JSON_BYTES)))
         except FileNotFoundError:
             return None
 
@@ -113,10 +114,10 @@ def read_points(piece: Location) -> list[Metric]:
         UserError: the file is damaged.
     """
     try:
-        return [Metric(**json.loads(line)) for line in piece.read_text().splitlines()]
+        return [Metric(**parse_json(line)) for line in piece.read_text().splitlines()]
     except FileNotFoundError:
         return []
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{piece} does not hold metrics ({error}). Correct or delete it.") from error
 
 

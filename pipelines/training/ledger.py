@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ray.exceptions import ActorUnavailableError
 
+from maskformer.untrusted import parse_json
 from pipelines.credentials import without_secrets
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location, patience
@@ -126,7 +127,7 @@ def read(run: Location) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
             _ = event["event"]
             events.append(event)
         except (ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 `prepare_run` returns a PreparedRun for `fit`, sweeps and rehearsals. It starts and writes nothing.
 """
 
-import json
 import logging
 import os
 import platform
@@ -15,6 +14,7 @@ import ray
 import torch
 
 from maskformer import build_model
+from maskformer.untrusted import MAX_JSON_BYTES, parse_json
 from pipelines.checkpoints import pretrained
 from pipelines.checkpoints.state import steps_saved
 from pipelines.cluster import checks
@@ -123,7 +123,7 @@ def earlier_record(run: PreparedRun) -> dict[str, Any] | None:
             )
         return None
     try:
-        earlier = json.loads(file.read_text())
+        earlier = parse_json(file.read_bytes(MAX_JSON_BYTES))
         version = earlier.get("version", 1)
         changes = differing_settings(earlier["config"], record["config"])
         changes += [

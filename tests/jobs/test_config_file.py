@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pipelines.demo.run
 import pipelines.training
 from jobs import plan, train_demo, train_r50
 from jobs.shared.cli import run
+from jobs.shared.training import flags_for
 from pipelines.config.recipes import DEMO, R50_MMDET, R50_ORIGINAL
 from pipelines.config.resolve import resolve
 from pipelines.config.serialize import VERSION, to_dict
@@ -111,6 +113,15 @@ def test_a_file_in_a_bucket(train: Train, bucket: str) -> None:
     assert train("--config", f"{bucket}/settings.json").optimizer.lr == 0.5
 
 
+def test_the_flags_for_a_file_make_it_usable(train: Train, bucket: str) -> None:
+    storage = f"{bucket}/my runs"
+    config = replace(R50_MMDET, run=replace(R50_MMDET.run, storage=storage), data=replace(R50_MMDET.data, train="/a b"))
+    (locate(storage) / "best.json").write_text(json.dumps(to_dict(config)))
+    given = flags_for(f"{storage}/best.json", config)
+    assert given == f"--config '{storage}/best.json' --run.storage '{storage}'"
+    assert train(*shlex.split(given)) == config
+
+
 def test_the_demo_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[TrainConfig] = []
 
@@ -148,6 +159,7 @@ def test_help_names_the_flag(
     [
         ("", [], r"{file} is not JSON: .*Give --config a JSON object of settings, such as"),
         ('{"run": ', [], r"{file} is not JSON: "),
+        (100_000 * "[", [], r"{file} is not JSON: its lists and objects are nested too deeply"),
         ("\udcff", [], r"{file} is not JSON: "),
         ("[1]", [], r"{file} holds a list\. Give --config a JSON object"),
         ('{"optimizer": {"momentum": 0.9}}', [], r"{file} cannot be used .* no setting 'optimizer\.momentum'"),

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,6 +90,8 @@ def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     weights.save(build_model(CONFIG), tmp_path / "names.pth", "mmdet", ANIMALS)
     (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "fifo.json")
     weights.save(build_model(CONFIG), tmp_path / "unnamed")
     output, program = tmp_path / "output", tmp_path / "output.onnx"
     for message, *arguments in (
@@ -99,6 +102,9 @@ def test_bad_input(monkeypatch, capsys, native: Path, tmp_path: Path) -> None:
         ("no tensor of a MaskFormer", tmp_path / "weird.pth", output, "native"),
         ("already exists with other content", native, tmp_path / "taken", "mmdet"),
         ("but not which of them are things", tmp_path / "names.pth", output, "native"),
+        ("nested too deeply", native, output, "native", "--categories", tmp_path / "deep.json"),
+        ("it is a FIFO", native, output, "native", "--categories", tmp_path / "fifo.json"),
+        ("it is a device", native, output, "native", "--categories", "/dev/zero"),
         ("has no categories (KeyError", native, output, "native", "--categories", tmp_path / "bad.json"),
         ("No such file or directory", native, output, "native", "--categories", tmp_path / "nothing.json"),
         ("File exists", native, tmp_path / "taken" / "output", "native"),

@@ -265,6 +265,31 @@ def test_a_checkpoint_does_not_choose_where_credentials_go(
         publish(trained.config(packs["val"]))
 
 
+@pytest.mark.parametrize("location", ["s3://stranger/a", "/etc", "file:///etc", "{tmp}/mlartifacts/../../a"])
+def test_a_database_beside_a_checkpoint_stores_nothing_elsewhere(
+    tiny: TrainConfig, packs: dict[str, str], fake: FakeEvaluation, tmp_path: Path, location: str
+) -> None:
+    location = location.replace("{tmp}", str(tmp_path))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    MlflowClient(uri).create_experiment(tiny.tracking.experiment, artifact_location=location)
+    save(tiny, packs, tmp_path, uri)
+    fake.error = AssertionError("It was evaluated.")
+    with pytest.raises(UserError, match="which is not in its folder"):
+        publish(Trained(tmp_path, TrackedRun("", "")).config(packs["val"]))
+
+
+def test_a_logged_model_of_a_database_beside_a_checkpoint_is_not_registered(
+    trained: Trained, packs: dict[str, str], fake: FakeEvaluation
+) -> None:
+    theirs = model_of(run_of(publish(trained.config(packs["val"]))))
+    published = publish(trained.config(packs["val"], register="shapes"))
+    mine = model_of(run_of(published))
+    assert mine != theirs
+    assert MlflowClient(trained.uri).get_model_version("shapes", "1").source == f"models:/{mine}"
+    given = trained.config(packs["val"], register="shapes", tracking=PublishTracking(uri=trained.uri))
+    assert model_of(run_of(publish(given))) == theirs
+
+
 def test_the_database_above_a_trial_of_a_sweep_is_used(
     tiny: TrainConfig, packs: dict[str, str], fake: FakeEvaluation, tmp_path: Path
 ) -> None:

@@ -123,6 +123,47 @@ def test_a_damaged_trials_json_is_refused(tmp_path: Path) -> None:
         TrialStore(locate(str(tmp_path)), [])
 
 
+def stored(name: Any = "trial-000", **changes: Any) -> dict[str, Any]:
+    """Return an entry of trials.json."""
+    trial = {"name": name, "values": {"optimizer.lr": 0.1}, "status": "finished", "results": [[8, 0.2]], "cause": ""}
+    return {**trial, **changes}
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        *map(
+            stored, ("../production", "/production", "trial-000/../../production", "trial-1", "trial-000\n", "", [1], 1)
+        ),
+        stored(values=[1]),
+        stored(status=["finished"]),
+        stored(status="\x1b[2J"),
+        stored(results=[["8", 0.2], [9, 0.3]]),
+        stored(results=[[8, None]]),
+        stored(cause=1),
+        stored(other=1),
+    ],
+    ids=repr,
+)
+def test_no_trial_of_a_stranger_is_read(tmp_path: Path, trial: dict[str, Any]) -> None:
+    kept = tmp_path / "production" / "checkpoints" / "step_00000008"
+    kept.mkdir(parents=True)
+    (tmp_path / "sweep").mkdir()
+    best = stored("trial-001", results=[[8, 0.9]])
+    (tmp_path / "sweep" / "trials.json").write_text(json.dumps([trial, best]))
+    with pytest.raises(UserError, match=r"trials\.json is not the trials\.json of a sweep") as refused:
+        TrialStore(locate(str(tmp_path / "sweep")), []).prune(0)
+    assert str(refused.value).isprintable()
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, json.dumps([stored(), stored()]), "{}]", '{"a": 1}', "1"])
+def test_trials_json_that_is_no_list_of_trials_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trials.json").write_text(text)
+    with pytest.raises(UserError, match=r"trials\.json is not the trials\.json of a sweep"):
+        TrialStore(locate(str(tmp_path)), [])
+
+
 def test_pruning_keeps_the_best_and_what_fits_the_budget(tmp_path: Path) -> None:
     store = trial_store(tmp_path, [(8, 0.2)], [(8, 0.4)], [(8, 0.3)], [(4, 0.1)], [(4, 0.9)])
     for number in range(5):
