@@ -4,7 +4,6 @@ import asyncio
 import fnmatch
 import http.client
 import itertools
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from maskformer.untrusted import escaped, open_regular
+from maskformer.untrusted import escaped, open_regular, parse_json
 from pipelines.credentials import SECRET_VARIABLES, open_url, redirect, refuse_credentials
 from pipelines.errors import RunFailedError, UserError
 
@@ -262,7 +261,7 @@ def _running_version(address: str) -> str:
     try:
         request = urllib.request.Request(f"{address}/api/version", headers=get_auth_headers_if_auth_enabled({}))
         with open_url(request, timeout=10) as answer:
-            return json.load(answer)["ray_version"]
+            return parse_json(answer.read(2**16))["ray_version"]
     except (AuthenticationError, urllib.error.HTTPError) as error:
         if isinstance(error, urllib.error.HTTPError):
             _refuse_redirect(address, error.code, error.headers.get("Location"))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from pipelines.errors import UserError
 from pipelines.evaluation.score import ScoredImage
 from pipelines.storage import Location
@@ -72,7 +72,7 @@ class EvaluationFolder:
     def _identity(self) -> Any:
         file = self.location / IDENTITY
         try:
-            return json.loads(file.read_text()) if file.exists() else None
+            return parse_json(file.read_bytes()) if file.exists() else None
         except ValueError:
             return None
 

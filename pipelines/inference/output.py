@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO
 
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from pipelines.errors import UserError
 from pipelines.inference.inputs import Item
 from pipelines.inference.stages import Row, png_file
@@ -131,7 +131,7 @@ class Output:
         for name in records.names():
             if name.endswith(".jsonl"):
                 for line in (records / name).read_bytes().splitlines():
-                    yield json.loads(line)
+                    yield parse_json(line)
 
     def _save(self) -> None:
         if self._lines:
@@ -150,7 +150,7 @@ def _require_same(folder: Location, settings: dict[str, Any]) -> None:
             f"{folder} has {escaped(', '.join(names[:5]))}, which no prediction wrote. Choose a new --output."
         )
     try:
-        earlier = json.loads((folder / "settings.json").read_bytes())
+        earlier = parse_json((folder / "settings.json").read_bytes())
         version = earlier.pop("version")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/settings.json cannot be read ({error}). Choose a new --output.") from error

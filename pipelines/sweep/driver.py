@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from maskformer.untrusted import parse_json
 from pipelines.cluster.session import session
 from pipelines.config.overrides import with_overrides
 from pipelines.config.serialize import to_dict
@@ -135,7 +136,7 @@ def _catch_up(tracking_uri: str, store: TrialStore) -> None:
     for trial in store.open:
         file = store.folder / trial.name / "config.json"
         try:
-            run_id = json.loads(file.read_text())["mlflow_run_id"] if file.exists() else ""
+            run_id = parse_json(file.read_bytes())["mlflow_run_id"] if file.exists() else ""
             for step, pq in TrackedRun(tracking_uri, run_id).history("quick_pq/all") if run_id else ():
                 store.add_result(trial.name, step, pq)
         except (

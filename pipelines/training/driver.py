@@ -18,6 +18,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from maskformer.untrusted import parse_json
 from pipelines.checkpoints.state import check_files, load, newest, step_folder, steps_saved
 from pipelines.cluster.session import session
 from pipelines.config.train import TrainConfig
@@ -319,7 +320,7 @@ def _lost_driver(run: PreparedRun) -> dict[str, Any]:
     facts: dict[str, Any] = {"cause": "the driver was lost", "cause_class": "driver", "step": None}
     try:
         file = run.folder / "status.json"
-        status = json.loads(file.read_text()) if file.exists() else {}
+        status = parse_json(file.read_bytes()) if file.exists() else {}
         known = ("attempt", "until", "split", "checkpoint", "step")  # some seconds old: at least so far
         return {**facts, **{key: status[key] for key in known if status.get(key) is not None}}
     except (UserError, StorageUnavailableError, OSError, ValueError, AttributeError) as error:

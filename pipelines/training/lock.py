@@ -22,6 +22,7 @@ from typing import NoReturn
 
 import psutil
 
+from maskformer.untrusted import parse_json
 from pipelines.errors import UserError
 from pipelines.storage import Location, retried
 
@@ -98,7 +99,7 @@ class _Owner:
     @classmethod
     def parse(cls, data: bytes) -> "_Owner | None":
         with suppress(ValueError, TypeError):
-            return cls(**json.loads(data))
+            return cls(**parse_json(data))
         return None
 
     def to_bytes(self) -> bytes:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from maskformer import MaskFormer, build_model, compute_losses
 from maskformer.optim import parameter_groups
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, parse_json
 from maskformer.weights import check_fit
 from pipelines.checkpoints.state import environment
 from pipelines.config.serialize import VERSION, from_dict, to_dict, upgraded
@@ -142,7 +142,7 @@ def read_bundle(folder: Location) -> Bundle:
         StorageUnavailableError: the storage did not answer.
     """
     file = folder / "replay.json"
-    content = _decoded(file, json.loads, _read(file))
+    content = _decoded(file, parse_json, _read(file))
     version = content.get("version") if isinstance(content, dict) else None
     if version not in (1, _VERSION):
         raise UserError(

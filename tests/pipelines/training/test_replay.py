@@ -317,7 +317,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("rank_001.safetensors", lambda f: flip(f / "rank_001.safetensors"), "hash"),
     ("model.safetensors", lambda f: flip(f / "model.safetensors"), "hash"),
     ("model.safetensors", no_tensors, "SafetensorError"),
-    ("model.safetensors", other_model, "size mismatch"),
+    ("model.safetensors", other_model, "does not fit its own configuration"),
     ("rank_001.safetensors", lambda f: edit_tensors(f, images=None), "0001.images"),
     ("rank_001.safetensors", lambda f: edit_tensors(f, images=BATCH["images"].float()), "images is torch.float32"),
     ("rank_001.safetensors", lambda f: edit_tensors(f, images=BATCH["images"][:1]), "index_maps is"),
