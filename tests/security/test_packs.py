@@ -140,6 +140,43 @@ def many_rows(number: int) -> Change:
     return edit
 
 
+def long_names(length: int, number: int) -> Change:
+    """Return an index whose rows all have one name of this length, which the file has once."""
+
+    def edit(folder: Path) -> None:
+        rows = pq.read_table(folder / "index.parquet").take(np.zeros(number, np.int64))
+        ids, names = pa.array(range(number), pa.int64()), pa.array(["a" * length]).take(pa.array([0] * number))
+        rows = rows.set_column(0, INDEX.field(0), ids).set_column(1, INDEX.field(1), names)
+        content = io.BytesIO()
+        pq.write_table(rows, content, compression="zstd", dictionary_pagesize_limit=2**24)
+        index_is(content.getvalue(), folder, rows=number)
+        manifest(lambda found: found.update(num_images=number, shards=[{**found["shards"][0], "rows": number}]))(folder)
+
+    return edit
+
+
+def footer_says(number: int) -> Change:
+    """Write an index whose footer, and a manifest that, says that it has another number of rows."""
+
+    def edit(folder: Path) -> None:
+        index(lambda rows: None, row_group_size=1)(folder)
+        content = bytearray((folder / "index.parquet").read_bytes())
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        # In Thrift's compact protocol: field 3 (num_rows) of type i64, whose value 3 is zigzag 6, and a list of groups.
+        place = content.index(b"\x16\x06\x19\x3c", start)
+        value, digits = 2 * number, bytearray()
+        while value > 127:
+            digits.append(value & 127 | 128)
+            value >>= 7
+        digits.append(value)
+        content[place + 1 : place + 2] = digits
+        content[-8:-4] = (len(content) - 8 - start).to_bytes(4, "little")
+        index_is(bytes(content), folder, rows=number)
+        manifest(lambda found: found.update(num_images=number, shards=[{**found["shards"][0], "rows": number}]))(folder)
+
+    return edit
+
+
 ATTACKS: dict[str, tuple[Change, str]] = {
     **{
         f"a shard named {name!r}": (manifest(lambda m, name=name: m["shards"][0].update(file=name)), "names the file")
@@ -201,6 +238,9 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     ),
     "an index of 60 million values": (index(many_values, compression="zstd"), "declares"),
     "an index of 500,000 equal rows": (many_rows(500_000), "do not ascend"),
+    "an index of 1,500 names of 1 MB": (long_names(2**20, 1500), "more than 4,095 bytes"),
+    "an index of 200,000 names of 4,000 bytes": (long_names(4000, 200_000), "file names of 800,000,000 bytes"),
+    "an index whose footer says 150 million rows": (footer_says(150_000_000), "other numbers of rows"),
     "height 0": (first(height=0), "an image without a size"),
     "a negative width": (first(width=-32), "an image without a size"),
     "10^18 pixels": (first(height=10**9, width=10**9), "more than 52,000,000 pixels"),
