@@ -189,10 +189,10 @@ def _table(content: bytes, manifest: Manifest) -> pa.Table:
     place = table.schema.get_field_index("file_name")
     total = 0
     for part in table.column(place).chunks:
-        length = pc.binary_length(part.dictionary)
-        if (pc.max(length).as_py() or 0) > _LONGEST_NAME:
+        length = pc.call_function("binary_length", [part.dictionary]).to_numpy(zero_copy_only=False)
+        if length.max(initial=0) > _LONGEST_NAME:
             raise ValueError(f"it has a file name of more than {_LONGEST_NAME:,} bytes")
-        total += pc.sum(length.take(part.indices)).as_py() or 0
+        total += int(length[part.indices.drop_null().to_numpy()].sum())
     if total > _MAX_EXPANSION * len(content) + _ALWAYS:
         raise ValueError(f"it has file names of {total:,} bytes in a file of {len(content):,} bytes")
     return table.set_column(place, INDEX.field("file_name"), table.column(place).cast(pa.string()))
