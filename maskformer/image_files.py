@@ -28,8 +28,8 @@ MAX_BYTES = 2**27
 """Bytes that a file may have."""
 
 _MAX_SCANS, _ALWAYS_SCANS, _MAX_SCANNED = 100, 20, 10**9
-"""Scans of a progressive JPEG, how many of them any picture may have, and pixels of all scans together. Each scan passes
-over all pixels, and one of ten bytes is possible; encoders write 10."""
+"""Scans of a progressive JPEG, how many of them any picture may have, and pixels of all scans together. Each scan
+passes over all pixels, and one of ten bytes is possible; encoders write 10."""
 
 _MAX_PARTS = 200_000
 """Parts of a file, such as chunks of a PNG or segments of a JPEG. Decoders keep some of each; pictures have 300."""
@@ -79,7 +79,7 @@ class OtherFormatError(ValueError):
 
 
 class TooLargeError(ValueError):
-    """A file that has or declares more than is decoded. The message is a sentence without its subject and its full stop."""
+    """A file that has or declares too much. The message is a sentence without its subject and its full stop."""
 
 
 class _Content(io.BytesIO):

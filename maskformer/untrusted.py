@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 16 * 2**20
-"""Bytes of a JSON file of settings, classes or names. Nested lists take 52 times as much memory when they are parsed."""
+"""Bytes of a JSON file of settings, classes or names. Nested lists take 52 times as much memory when parsed."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),

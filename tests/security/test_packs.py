@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 
 from pipelines.data.coco import CocoLayout, read_coco
+from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import compress_index_map
 from pipelines.data.schema import INDEX
-from pipelines.storage import sha256
+from pipelines.evaluation.predictions import _read
+from pipelines.storage import locate, sha256
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
 from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise
 from tests.security.hostile_use import REFUSALS, use_pack
@@ -328,6 +331,23 @@ def test_hostile_packs(good: Path, tmp_path: Path, number: int) -> None:
         require(outcome, "!", name)
         expected = ATTACKS[name][1].split("|")
         assert any(words in outcome.text for words in expected), (name, outcome)
+
+
+def read_results(file: str, pack_folder: str) -> int:
+    return len(_read(locate(file), open_pack(pack_folder), defaultdict(list)).annotations)
+
+
+def test_results_of_nested_lists_are_read_in_bounded_memory(good: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    entry = '{"image_id": 11, "file_name": "a.png", "segments_info": [], "more": [' + "[],[]," * 10**4 + "[]]}"
+    file.write_text('{"info": 1, "annotations": [' + ", ".join([entry] * 300) + "]}")
+    outcome = run(read_results, str(file), str(good), refusals=REFUSALS, seconds=60)  # it imports Ray
+    assert (outcome.kind, outcome.text) == ("result", "1"), outcome
+    outcome.require_clean()
+    file.write_text('{"annotations": [' + "[],[]," * 2 * 10**6 + "[]]}")
+    outcome = run(read_results, str(file), str(good), refusals=REFUSALS, seconds=60)  # it imports Ray
+    outcome.require_clean("results.json")
+    assert "Entry 0 of them lacks one" in outcome.text
 
 
 def test_there_are_enough_attacks() -> None:
