@@ -5,6 +5,7 @@ the header declares was checked. Whatever a decoder raises becomes a ValueError.
 """
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,8 +27,12 @@ MAX_PIXELS = 52_000_000
 MAX_BYTES = 2**27
 """Bytes that a file may have."""
 
-_MAX_SCANS = 100
-"""Scans of a progressive JPEG. Each passes over all pixels, and a scan of ten bytes is possible; encoders write 10."""
+_MAX_SCANS, _ALWAYS_SCANS, _MAX_SCANNED = 100, 20, 10**9
+"""Scans of a progressive JPEG, how many of them any picture may have, and pixels of all scans together. Each scan
+passes over all pixels, and one of ten bytes is possible; encoders write 10."""
+
+_MAX_PARTS = 200_000
+"""Parts of a file, such as chunks of a PNG or segments of a JPEG. Decoders keep some of each; pictures have 300."""
 
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends the data of a scan, or stands before a part of a JPEG."""
@@ -74,7 +79,19 @@ class OtherFormatError(ValueError):
 
 
 class TooLargeError(ValueError):
-    """A file that declares more than is decoded. The message is a sentence without its subject and its full stop."""
+    """A file that has or declares too much. The message is a sentence without its subject and its full stop."""
+
+
+class _Content(io.BytesIO):
+    """The content of a file, which is read a limited number of times: a decoder reads each part by itself."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_PARTS:
+            raise TooLargeError(f"has more than {_MAX_PARTS:,} parts")
+        return super().read(size)
 
 
 def format_of(content: bytes | memoryview) -> str:
@@ -98,7 +115,7 @@ def open_image(
 
     Raises:
         OtherFormatError: it is of another format.
-        TooLargeError: it declares too many pixels or scans.
+        TooLargeError: it declares too many pixels or scans, or has too many parts.
         ValueError: the header is damaged.
     """
     if len(content) > MAX_BYTES:
@@ -106,8 +123,10 @@ def open_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `max_pixels`
-            image = Image.open(io.BytesIO(content), formats=list(formats))
+            image = Image.open(_Content(content), formats=list(formats))
         extra = _extra_pixels(image)
+    except TooLargeError:
+        raise
     except UnidentifiedImageError:  # its own message has a memory address
         if (kind := format_of(content)) in formats:
             raise ValueError(f"the header of the {kind} is damaged") from None
@@ -131,27 +150,35 @@ def load_image(image: Image.Image) -> None:
     """
     try:
         image.load()
+    except TooLargeError as error:
+        raise ValueError(f"it {error}") from error
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
         raise ValueError(reason_of(error)) from error
 
 
 def require_few_scans(content: bytes | memoryview) -> None:
-    """Raise TooLargeError if the content is a JPEG with more scans than a picture has."""
+    """Raise TooLargeError if the content is a JPEG with more scans or markers than a picture has."""
     if bytes(content[:2]) != b"\xff\xd8":
         return
-    scans, place, progressive, components = 0, 2, False, b""
+    markers, scans, pixels, place, progressive, components = 0, 0, 1, 2, False, b""
     while marker := _MARKER.search(content, place):
         kind, place = marker[0][-1], marker.end()
+        markers += 1
+        if markers > _MAX_PARTS:
+            raise TooLargeError(f"has more than {_MAX_PARTS:,} parts")
         if kind == 0xD9:  # the end of the picture
             return
         if kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC):  # a frame
             progressive, components = kind & 3 == 2, bytes(content[place + 7 : place + 8])
+            sides = (int.from_bytes(content[start : start + 2], "big") for start in (place + 3, place + 5))
+            pixels = max(pixels, math.prod(sides))
         elif kind == 0xDA:
             scans += 1
             if not progressive and bytes(content[place + 2 : place + 3]) == components:
                 return  # all components are in one scan, after which decoders stop
-            if scans > _MAX_SCANS:
-                raise TooLargeError(f"is a JPEG of more than {_MAX_SCANS} scans")
+            allowed = max(_ALWAYS_SCANS, min(_MAX_SCANS, _MAX_SCANNED // pixels))
+            if scans > allowed:
+                raise TooLargeError(f"is a JPEG of more than {allowed} scans")
         if kind not in (0x01, 0xD8):  # those have no length
             place += int.from_bytes(content[place : place + 2], "big")
 

@@ -19,6 +19,9 @@ PanopticMap: TypeAlias = tuple[Integer[np.ndarray, "_ _"], Sequence[Mapping[str,
 
 _LARGEST_ID = 2**63 - 1
 
+_MAX_PAIRS = 2**24
+"""Pairs of segments of one image. Each takes some 25 bytes while the overlaps are counted."""
+
 
 class Segments(NamedTuple):
     """One index map and its segments by ascending id."""
@@ -82,8 +85,8 @@ def match_segments(
     """Match the segments of one image.
 
     Raises:
-        ValueError: the sizes differ, a category is unknown, or an index map and its segments do not have the same ids.
-            The message names the image.
+        ValueError: the sizes differ, a category is unknown, an index map and its segments do not have the same ids, or
+            there are too many segments. The message names the image.
     """
     predicted = read_segments(*prediction, taxonomy, f"the prediction of image {image_id}")
     true = read_segments(*truth, taxonomy, f"the ground truth of image {image_id}")
@@ -91,6 +94,11 @@ def match_segments(
         raise ValueError(
             f"The maps of image {image_id} differ in size: prediction {tuple(prediction[0].shape)}, ground truth "
             f"{tuple(truth[0].shape)}; resize the prediction to the original image."
+        )
+    if (len(true.ids) + 1) * (len(predicted.ids) + 1) > _MAX_PAIRS:
+        raise ValueError(
+            f"Image {image_id} has {len(true.ids):,} segments in the ground truth and {len(predicted.ids):,} in the "
+            f"prediction, which are more than {_MAX_PAIRS:,} pairs; leave the image out."
         )
     overlap = count_overlap(true, predicted)
     true_area, predicted_area = overlap.sum(axis=1), overlap.sum(axis=0)

@@ -126,9 +126,9 @@ def _segment_row(entry: Any, report: Report) -> dict[str, Any]:
 def category_entry(entry: Any) -> Any:
     """Return what is used of an entry of `categories`, so that the rest of it takes no memory."""
     if not isinstance(entry, dict):
-        return _pruned(entry, 2)
+        return _pruned(entry, 1, 4)
     used = ("id", "name", "isthing", "color", "supercategory")
-    return {key: _pruned(entry[key], 2) for key in used if key in entry}
+    return {key: _pruned(entry[key], 1, 4) for key in used if key in entry}
 
 
 def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxonomy:
@@ -241,15 +241,15 @@ def _short(value: Any) -> str:
     return json.dumps(_pruned(value, 6))[:200]
 
 
-def _pruned(value: Any, depth: int) -> Any:
-    """Return the beginning of a value that may be huge."""
+def _pruned(value: Any, depth: int, most: int = 20) -> Any:
+    """Return the beginning of a value that may be huge: `most` items of each list and object, to this depth."""
     match value:
         case str():
             return value[:200]
         case list():
-            return [_pruned(each, depth - 1) for each in value[:20]] if depth else []
+            return [_pruned(each, depth - 1, most) for each in value[:most]] if depth else []
         case dict():
-            some = itertools.islice(value.items(), 20)
-            return {key[:200]: _pruned(each, depth - 1) for key, each in some} if depth else {}
+            some = itertools.islice(value.items(), most)
+            return {key[:200]: _pruned(each, depth - 1, most) for key, each in some} if depth else {}
         case _:
             return value

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.storage import Location
 
 _CHUNK = 2**22  # bytes
-_LONGEST = 2**24  # characters of one entry: 65,535 segments take half of them
+_LONGEST = 2**23  # characters of one entry: 65,535 segments take up to 7 million, nested lists 52 bytes for each
 _MAX_KEYS = 1000  # of the top-level object
 _SPACE = " \t\n\r"
 _DECODER = json.JSONDecoder()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from maskformer.image_files import MAX_BYTES, MAX_PIXELS
@@ -29,6 +30,7 @@ MAX_INDEX_BYTES = 2**30
 _MAX_FOOTER = 2**17  # bytes; 64 million images have a footer of this size
 _MAX_EXPANSION, _ALWAYS = 20, 2**25
 """How much larger than its file an index may be, in bytes or values, and how large it may be in any case."""
+_LONGEST_NAME = 4095  # bytes of a path on Linux
 _MAX_GAP = 2**16  # bytes between two files of a row: a header of 500
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -167,17 +169,33 @@ def _table(content: bytes, manifest: Manifest) -> pa.Table:
         raise ValueError(f"its footer has {footer:,} bytes, more than {_MAX_FOOTER:,}")
     parquet = pq.ParquetFile(pa.BufferReader(content))
     require(parquet.schema_arrow, INDEX, "it")
-    metadata = parquet.metadata
-    if metadata.num_rows != manifest.index.rows:
-        raise ValueError(f"it has {metadata.num_rows:,} rows, and the manifest says {manifest.index.rows:,}")
+    metadata, rows = parquet.metadata, manifest.index.rows
+    if metadata.num_rows != rows:
+        raise ValueError(f"it has {metadata.num_rows:,} rows, and the manifest says {rows:,}")
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    # The first column, the image id, has one value per row.
+    if sum(g.num_rows for g in groups) != rows or any(g.column(0).num_values != g.num_rows for g in groups):
+        raise ValueError("its parts have other numbers of rows than the whole")
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     plain, values = sum(c.total_uncompressed_size for c in columns), sum(c.num_values for c in columns)
     negative = any(c.total_uncompressed_size < 0 or c.num_values < 0 for c in columns)
     # Each row has three hashes, which nothing compresses, so the whole is not much larger than its file.
     if negative or max(plain, values) > _MAX_EXPANSION * len(content) + _ALWAYS:
         raise ValueError(f"it declares {plain:,} bytes and {values:,} values in a file of {len(content):,} bytes")
-    return parquet.read()
+    # A name is read once, however many rows have it, until all names together are known to be small enough.
+    table = pq.ParquetFile(pa.BufferReader(content), metadata=metadata, read_dictionary=["file_name"]).read()
+    if len(table) != rows:
+        raise ValueError(f"it says that it has {rows:,} rows, but has {len(table):,}")
+    place = table.schema.get_field_index("file_name")
+    total = 0
+    for part in table.column(place).chunks:
+        length = pc.call_function("binary_length", [part.dictionary]).to_numpy(zero_copy_only=False)
+        if length.max(initial=0) > _LONGEST_NAME:
+            raise ValueError(f"it has a file name of more than {_LONGEST_NAME:,} bytes")
+        total += int(length[part.indices.drop_null().to_numpy()].sum())
+    if total > _MAX_EXPANSION * len(content) + _ALWAYS:
+        raise ValueError(f"it has file names of {total:,} bytes in a file of {len(content):,} bytes")
+    return table.set_column(place, INDEX.field("file_name"), table.column(place).cast(pa.string()))
 
 
 def _problem(table: pa.Table, manifest: Manifest) -> str | None:

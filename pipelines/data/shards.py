@@ -22,7 +22,7 @@ from pipelines.data.classes import ClassMap
 from pipelines.data.coco import CocoLayout, Segment
 from pipelines.data.files import read_file
 from pipelines.data.manifest import shard_file
-from pipelines.data.pixels import compress_index_map, decode_panoptic, image_size, index_map
+from pipelines.data.pixels import compress_index_map, decode_panoptic, image_size, index_map, pixel_runs
 from pipelines.data.schema import FILES, INDEX, PACKED, RECORD
 from pipelines.errors import UserError
 from pipelines.storage import Location, is_remote, patience, sha256
@@ -140,8 +140,9 @@ def _relabeled(ids: np.ndarray, segments: list[Segment], classes: ClassMap) -> t
         kept.append(Segment(id=segment["id"], category_id=category, iscrowd=segment["iscrowd"] and isthing))
         if not isthing:
             stuff[category] = segment["id"]
-    values, which = np.unique(ids, return_inverse=True)
-    return np.array([new_id.get(value, 0) for value in values.tolist()], ids.dtype)[which].reshape(ids.shape), kept
+    values, which, runs = pixel_runs(ids)
+    new = np.array([new_id.get(value, 0) for value in values.tolist()], ids.dtype)
+    return np.repeat(new[which], runs.length).reshape(ids.shape), kept
 
 
 def shard_content(rows: list[dict[str, Any]]) -> memoryview:

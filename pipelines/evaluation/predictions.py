@@ -1,9 +1,8 @@
 """evaluate_predictions(): the PQ of COCO panoptic results on disk, of any program."""
 
-import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,12 @@ import ray.data
 
 from maskformer.analysis.image import analyze_image
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import escaped, parse_json
+from maskformer.untrusted import escaped
 from pipelines.cluster.session import session
+from pipelines.data.coco_entries import MAX_CATEGORIES, category_entry
 from pipelines.data.execution import mapped, outputs
 from pipelines.data.files import read_file, resolved
+from pipelines.data.json_stream import JsonLists
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.pixels import decode_panoptic, image_size
 from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
@@ -25,11 +26,10 @@ from pipelines.evaluation.folder import EvaluationFolder
 from pipelines.evaluation.result import EvaluationResult
 from pipelines.evaluation.score import ScoredImage
 from pipelines.progress import progress
-from pipelines.storage import Location, locate, sha256
+from pipelines.storage import Location, locate
 
 _IMAGES_PER_TASK = 16
 _EXAMPLES = 3
-_MAX_JSON_BYTES = 2**29
 _TRIED = 20
 """PNGs to look for, to find the folder they are in."""
 
@@ -78,31 +78,33 @@ class _Predictions:
     json: Location
     hash: str
     png_folder: Location
-    annotations: dict[int, dict[str, Any]]
-    """Of each image of the pack that has one, by its id."""
+    annotations: dict[int, str]
+    """The annotation of each image of the pack that has one, by its id, as JSON, which takes the least memory."""
 
 
 def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) -> _Predictions:
     """Read the JSON and check everything but the PNGs."""
     file = _json_file(location)
-    content = file.read_bytes(_MAX_JSON_BYTES)
-    try:
-        found = parse_json(content)
-        listed = [(annotation["image_id"], annotation) for annotation in found["annotations"]]
-        named = [(annotation["file_name"], annotation["segments_info"]) for _, annotation in listed]
-        usable = all(isinstance(name, str) and isinstance(segments, list) for name, segments in named)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is not a JSON of COCO panoptic results ({type(error).__name__}: {escaped(error, 200)}): it needs "
-            f"`annotations` with image_id, file_name and segments_info."
-        ) from error
-    if not usable:
-        raise UserError(f"{file} has an annotation whose file_name is not text, or whose segments_info is not a list.")
-    _require_categories(found.get("categories"), samples.taxonomy, file)
-    known = set(samples.image_ids.tolist())
-    annotations: dict[int, dict[str, Any]] = {}
-    for image_id, annotation in listed:
-        name = annotation["file_name"]
+    lists = JsonLists(file)
+    known, seen = set(samples.image_ids.tolist()), set[int]()
+    annotations: dict[int, str] = {}
+    names: list[str] = []
+    categories: list[Any] = []
+    for key, number, entry in lists:
+        if key == "categories" and number < MAX_CATEGORIES:
+            categories.append(category_entry(entry))
+        if key != "annotations":
+            continue
+        try:
+            image_id, name, segments = entry["image_id"], entry["file_name"], entry["segments_info"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{_no_results(file)} Entry {number} of them lacks one.") from error
+        if not isinstance(name, str) or not isinstance(segments, list):
+            raise UserError(
+                f"{file} has an annotation whose file_name is not text, or whose segments_info is not a list."
+            )
+        if isinstance(image_id, int):
+            seen.add(image_id)
         if type(image_id) is not int or image_id not in known:
             faults["results for images that the data does not have"].append(f"image {escaped(repr(image_id), 60)}")
         elif image_id in annotations:
@@ -110,12 +112,23 @@ def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) 
         elif any(part in ("", ".", "..") or not _is_name(part) for part in name.split("/")):
             faults["file names that are no path below the folder"].append(f"image {image_id}: {escaped(name, 200)}")
         else:
-            annotations[image_id] = annotation
-    seen = {image_id for image_id, _ in listed if isinstance(image_id, int)}
+            annotations[image_id] = json.dumps({"file_name": name, "segments_info": segments})
+            names += [name] if len(names) < _TRIED else []
+    if "annotations" not in lists.lists:
+        raise UserError(_no_results(file))
+    if "categories" in lists.lists or "categories" in lists.others:
+        _require_categories(categories, samples.taxonomy, file)
     faults_of_missing = [f"image {image_id}" for image_id in sorted(known - seen)]
     if faults_of_missing:
         faults["images without a result"] += faults_of_missing
-    return _Predictions(file, sha256(content), _png_folder(file, annotations), annotations)
+    return _Predictions(file, lists.sha256, _png_folder(file, names), annotations)
+
+
+def _no_results(file: Location) -> str:
+    return (
+        f"{file} is not a JSON of COCO panoptic results: it needs `annotations` with image_id, file_name and "
+        f"segments_info."
+    )
 
 
 def _is_name(part: str) -> bool:
@@ -142,22 +155,19 @@ def _json_file(location: Location) -> Location:
     return location / names[0]
 
 
-def _png_folder(file: Location, annotations: Mapping[int, Mapping[str, Any]]) -> Location:
+def _png_folder(file: Location, names: Sequence[str]) -> Location:
     parent = locate(str(file).rpartition("/")[0])
     folders = [parent / name for name in (file.name.removesuffix(".json"), "predictions", "panoptic")] + [parent]
-    names = [annotation["file_name"] for annotation in itertools.islice(annotations.values(), _TRIED)]
     for folder in folders:
         if any((folder / name).exists() for name in names):
             return folder
     return folders[0]
 
 
-def _require_categories(categories: object, taxonomy: Taxonomy, file: Location) -> None:
+def _require_categories(categories: list[Any], taxonomy: Taxonomy, file: Location) -> None:
     """Refuse results whose own list of categories differs from that of the data; most programs write none."""
-    if categories is None:
-        return
     try:
-        other = Taxonomy.from_coco(categories)  # pyright: ignore[reportArgumentType] -- it raises for other types
+        other = Taxonomy.from_coco(categories)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file} has categories that cannot be read: {escaped(str(error))}") from error
     ours, theirs = ({(c.id, c.name, c.isthing) for c in each.categories} for each in (taxonomy, other))
@@ -173,7 +183,7 @@ def _scored(found: _Predictions, samples: PackedSet, cpus: float) -> Iterator[Sc
     """Yield the result of each image, or the kind of its fault and an example."""
     places = [index for index, image_id in enumerate(samples.image_ids.tolist()) if image_id in found.annotations]
     tasks = [
-        {"annotations": json.dumps([(index, found.annotations[int(samples.image_ids[index])]) for index in some])}
+        {"indices": some, "annotations": [found.annotations[int(samples.image_ids[index])] for index in some]}
         for some in (places[start : start + _IMAGES_PER_TASK] for start in range(0, len(places), _IMAGES_PER_TASK))
     ]
     if not tasks:
@@ -194,9 +204,9 @@ class _Compare:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
-        for text in table["annotations"].to_pylist():
-            for index, annotation in json.loads(text):
-                result, kind, example = self._compare(index, annotation)
+        for task in table.to_pylist():
+            for index, annotation in zip(task["indices"], task["annotations"], strict=True):
+                result, kind, example = self._compare(index, json.loads(annotation))
                 rows.append({"result": result, "kind": kind, "example": example})
         return pa.Table.from_pylist(rows, schema=_COMPARED)
 

@@ -28,6 +28,7 @@ from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.schema import RESIZED, require
 from pipelines.data.stream import resized_images
+from pipelines.errors import UserError
 from pipelines.storage import locate
 
 _ROWS_PER_TASK = 8
@@ -189,7 +190,10 @@ class _Fuse:
             Image.fromarray(encode_ids(ids)).save(png, "PNG")
             (folder / name).write_bytes(png.getvalue())
             truth = decode_panoptic(row["panoptic"], original), row["segments"]
-            analysis = analyze_image((ids, segments), truth, self.taxonomy, row["image_id"])
+            try:
+                analysis = analyze_image((ids, segments), truth, self.taxonomy, row["image_id"])
+            except ValueError as error:
+                raise UserError(f"The result of an image cannot be compared: {error}") from error
             results.append({"result": ScoredImage(name, segments, analysis).to_json()})
         return pa.Table.from_pylist(results)
 

@@ -1,6 +1,7 @@
 """The pictures and videos that a command line names: files, folders, globs, object-store prefixes and lists.
 
-Listings are streamed, in the same order each time. A listing holds the names of one folder in memory.
+Listings are streamed, in the same order each time. A listing holds the names of one folder and of those above it in
+memory.
 """
 
 import glob
@@ -113,7 +114,7 @@ def _sources(root: _Root, output: str) -> Iterator[str]:
         case "list":
             yield from _lines(root.uri)
         case "glob":
-            found = (path for path in glob.iglob(root.uri, recursive=True) if os.path.isfile(path))
+            found = {path for path in _matches(root.uri) if os.path.isfile(path)}
             of_others = (path for path in found if not f"{path}/".startswith(f"{output}/"))
             yield from sorted(path for path in of_others if path.lower().endswith(PICTURES + VIDEOS))
         case "folder" if is_remote(root.uri):
@@ -131,21 +132,46 @@ def _lines(uri: str) -> Iterator[str]:
             yield absolute(os.fsdecode(line))
 
 
-def _in_folder(folder: str, output: str) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((each.name, each.is_dir(follow_symlinks=False)) for each in entries if each.name[0] != ".")
-    except OSError as error:
-        logger.warning("The folder %s is left out: %s.", escaped(folder), error.strerror)
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield the paths that match a pattern, some of them several times if it has several `**`."""
+    if pattern.endswith("/**"):
+        pattern += "/*"
+    before, deep, after = pattern.partition("/**/")
+    if not deep:
+        yield from glob.iglob(pattern)
         return
-    for name, is_folder in found:
-        path = os.path.join(folder, name)
-        if path == output:
-            continue
-        if is_folder:
-            yield from _in_folder(path, output)
-        elif name.lower().endswith(PICTURES) and os.path.isfile(path):
+    for folder in glob.iglob(before or "/"):
+        for path, is_folder in _below(folder):
+            if is_folder:
+                yield from _matches(f"{glob.escape(path)}/{after}")
+
+
+def _in_folder(folder: str, output: str) -> Iterator[str]:
+    for path, is_folder in _below(folder, output):
+        if not is_folder and path.lower().endswith(PICTURES) and os.path.isfile(path):
             yield path
+
+
+def _below(folder: str, left_out: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield a folder and all paths below it in order, except hidden ones, and whether each is a folder.
+
+    Links to folders are not followed, since they may lead in circles.
+    """
+    waiting = [(folder, True)]
+    while waiting:
+        path, is_folder = waiting.pop()
+        if path == left_out:
+            continue
+        yield path, is_folder
+        if not is_folder:
+            continue
+        try:
+            with os.scandir(path) as entries:
+                found = sorted((each.name, each.is_dir(follow_symlinks=False)) for each in entries)
+        except OSError as error:
+            logger.warning("The folder %s is left out: %s.", escaped(path), error.strerror)
+            continue
+        waiting += [(os.path.join(path, name), is_dir) for name, is_dir in reversed(found) if name[0] != "."]
 
 
 def _in_store(folder: Location, output: str) -> Iterator[str]:

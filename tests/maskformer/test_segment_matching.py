@@ -33,3 +33,11 @@ def test_overlaps_and_unions_are_those_of_masks(seed: int) -> None:
     counted = {*matching.false.tolist(), *matching.matches[1].tolist()}
     assert counted | set(np.flatnonzero(matching.ignored).tolist()) == set(range(len(infos[0])))
     assert sorted([*matching.missed.tolist(), *matching.matches[0].tolist()]) == list(range(len(infos[1])))
+
+
+def test_too_many_pairs_are_refused_before_they_are_counted() -> None:
+    many = np.arange(1, 5001).reshape(50, 100), [{"id": i, "category_id": 10} for i in range(1, 5001)]
+    few = np.ones((50, 100), np.int64), [{"id": 1, "category_id": 10}]
+    assert match_segments(few, many, TAXONOMY, 7).overlap.shape == (5001, 2)
+    with pytest.raises(ValueError, match="Image 7 has 5,000 segments in the ground truth and 5,000 in the prediction"):
+        match_segments(many, many, TAXONOMY, 7)

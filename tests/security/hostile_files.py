@@ -64,6 +64,13 @@ def jpeg_of_scans(number: int, width: int = 6000, height: int = 4000) -> bytes:
     return content[:last] + content[last:-2] * number + content[-2:]
 
 
+def jpeg_of_markers(number: int) -> bytes:
+    """Return a progressive JPEG with markers that have no length (TEM) behind its first scan."""
+    content = encoded(noise(), "JPEG", progressive=True)
+    second = content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
+    return content[:second] + b"\xff\x01" * number + content[second:]
+
+
 def jpeg_with(place: int, value: int) -> bytes:
     """Return a JPEG with another byte in its frame header: 4 is the precision, 9 the number of components."""
     content = bytearray(encoded(noise(), "JPEG"))
@@ -108,6 +115,12 @@ def gif_of_size(width: int, height: int) -> bytes:
     return bytes(content)
 
 
+def gif_of_comments(number: int) -> bytes:
+    content = encoded(plain(mode="P"), "GIF")
+    start = content.index(b",", 13 + 3 * 2 ** (1 + (content[10] & 7)) if content[10] & 128 else 13)
+    return content[:start] + b"!\xfe" + b"\1a" * number + b"\0" + content[start:]
+
+
 OTHER_FORMATS: dict[str, Maker] = {
     "EPS": lambda: EPS,
     "EPS with a preview": lambda: struct.pack("<IIIIIII", 0xC6D3D0C5, 30, len(EPS), 0, 0, 0, 0) + b"\xff\xff" + EPS,
@@ -146,6 +159,7 @@ BOMBS: dict[str, Maker] = {
     "PNG with iTXt of 64 MB": lambda: png(32, 24, text_bomb(b"iTXt")),
     "PNG with iCCP of 64 MB": lambda: png(32, 24, text_bomb(b"iCCP")),
     "PNG of 100,000 texts": lambda: png(32, 24, chunk(b"tEXt", b"key\0value") * 100_000),
+    "PNG of 200,000 empty chunks": lambda: png(32, 24, chunk(b"aaAa", b"") * 200_000),
     "PNG of a broken text": lambda: png(32, 24, chunk(b"zTXt", b"key\0\0no zlib")),
     "PNG of short data": lambda: png(32, 24, data=zlib.compress(bytes(100))),
     "PNG of much data": lambda: png(32, 24, data=zlib.compress(bytes(2**26), 9)),
@@ -161,6 +175,9 @@ BOMBS: dict[str, Maker] = {
     "JPEG of 255 components": lambda: jpeg_with(9, 255),
     "JPEG of 3,000 scans": lambda: jpeg_of_scans(3000),
     "JPEG of 50,000 comments": lambda: b"\xff\xd8" + b"\xff\xfe\0\4ab" * 50_000 + encoded(plain(), "JPEG")[2:],
+    "JPEG of 90 scans of 51 million pixels": lambda: jpeg_of_scans(80, 7200, 7200),
+    "JPEG of 400,000 empty segments": lambda: b"\xff\xd8" + b"\xff\xe5\0\2" * 400_000 + encoded(plain(), "JPEG")[2:],
+    "JPEG of 5 million markers without a length": lambda: jpeg_of_markers(5_000_000),
     "JPEG of several pictures": lambda: encoded(plain(), "MPO", save_all=True, append_images=[plain()] * 50),
     "JPEG whose other pictures are missing": lambda: encoded(
         plain(), "MPO", save_all=True, append_images=[plain()] * 50
@@ -181,6 +198,7 @@ OTHER_BOMBS: dict[str, Maker] = {
     "BMP of runs": bmp_of_runs,
     "BMP of negative size": lambda: encoded(plain(), "BMP")[:18] + struct.pack("<ii", -5, -7) + bytes(100),
     "GIF of 65,535 x 65,535": lambda: gif_of_size(65_535, 65_535),
+    "GIF of comments of one byte": lambda: gif_of_comments(2_000_000),
     "GIF of many frames": lambda: encoded(plain(mode="P"), "GIF", save_all=True, append_images=[noise(32, 24)] * 100),
     "float TIFF": lambda: encoded(Image.new("F", (8, 8), float("nan")), "TIFF"),
 }

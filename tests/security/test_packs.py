@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import pytest
 from PIL import Image
 
 from pipelines.data.coco import CocoLayout, read_coco
+from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import compress_index_map
 from pipelines.data.schema import INDEX
-from pipelines.storage import sha256
+from pipelines.evaluation.predictions import _read
+from pipelines.storage import locate, sha256
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
 from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise
 from tests.security.hostile_use import REFUSALS, use_pack
-from tests.security.isolated import run
+from tests.security.isolated import MEMORY, run
 from tests.security.test_data_sets import ends_of, require
 
 Change = Callable[[Path], object]
@@ -140,6 +143,43 @@ def many_rows(number: int) -> Change:
     return edit
 
 
+def long_names(length: int, number: int) -> Change:
+    """Return an index whose rows all have one name of this length, which the file has once."""
+
+    def edit(folder: Path) -> None:
+        rows = pq.read_table(folder / "index.parquet").take(np.zeros(number, np.int64))
+        ids, names = pa.array(range(number), pa.int64()), pa.array(["a" * length]).take(pa.array([0] * number))
+        rows = rows.set_column(0, INDEX.field(0), ids).set_column(1, INDEX.field(1), names)
+        content = io.BytesIO()
+        pq.write_table(rows, content, compression="zstd", dictionary_pagesize_limit=2**24)
+        index_is(content.getvalue(), folder, rows=number)
+        manifest(lambda found: found.update(num_images=number, shards=[{**found["shards"][0], "rows": number}]))(folder)
+
+    return edit
+
+
+def footer_says(number: int) -> Change:
+    """Write an index whose footer, and a manifest that, says that it has another number of rows."""
+
+    def edit(folder: Path) -> None:
+        index(lambda rows: None, row_group_size=1)(folder)
+        content = bytearray((folder / "index.parquet").read_bytes())
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        # In Thrift's compact protocol: field 3 (num_rows) of type i64, whose value 3 is zigzag 6, and a list of groups.
+        place = content.index(b"\x16\x06\x19\x3c", start)
+        value, digits = 2 * number, bytearray()
+        while value > 127:
+            digits.append(value & 127 | 128)
+            value >>= 7
+        digits.append(value)
+        content[place + 1 : place + 2] = digits
+        content[-8:-4] = (len(content) - 8 - start).to_bytes(4, "little")
+        index_is(bytes(content), folder, rows=number)
+        manifest(lambda found: found.update(num_images=number, shards=[{**found["shards"][0], "rows": number}]))(folder)
+
+    return edit
+
+
 ATTACKS: dict[str, tuple[Change, str]] = {
     **{
         f"a shard named {name!r}": (manifest(lambda m, name=name: m["shards"][0].update(file=name)), "names the file")
@@ -201,6 +241,9 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     ),
     "an index of 60 million values": (index(many_values, compression="zstd"), "declares"),
     "an index of 500,000 equal rows": (many_rows(500_000), "do not ascend"),
+    "an index of 1,500 names of 1 MB": (long_names(2**20, 1500), "more than 4,095 bytes"),
+    "an index of 200,000 names of 4,000 bytes": (long_names(4000, 200_000), "file names of 800,000,000 bytes"),
+    "an index whose footer says 150 million rows": (footer_says(150_000_000), "other numbers of rows"),
     "height 0": (first(height=0), "an image without a size"),
     "a negative width": (first(width=-32), "an image without a size"),
     "10^18 pixels": (first(height=10**9, width=10**9), "more than 52,000,000 pixels"),
@@ -288,6 +331,24 @@ def test_hostile_packs(good: Path, tmp_path: Path, number: int) -> None:
         require(outcome, "!", name)
         expected = ATTACKS[name][1].split("|")
         assert any(words in outcome.text for words in expected), (name, outcome)
+
+
+def read_results(file: str, pack_folder: str) -> int:
+    return len(_read(locate(file), open_pack(pack_folder), defaultdict(list)).annotations)
+
+
+def test_results_of_nested_lists_are_read_in_bounded_memory(good: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    entry = '{"image_id": 11, "file_name": "a.png", "segments_info": [], "more": [' + "[],[]," * 10**4 + "[]]}"
+    file.write_text('{"info": 1, "annotations": [' + ", ".join([entry] * 300) + "]}")
+    outcome = run(read_results, str(file), str(good), refusals=REFUSALS, seconds=60)  # it imports Ray
+    assert (outcome.kind, outcome.text) == ("result", "1"), outcome
+    assert outcome.memory < MEMORY, outcome
+    file.write_text('{"annotations": [' + "[],[]," * 2 * 10**6 + "[]]}")
+    outcome = run(read_results, str(file), str(good), refusals=REFUSALS, seconds=60)  # it imports Ray
+    assert outcome.kind == "refused", outcome
+    assert outcome.memory < MEMORY, outcome
+    assert "Entry 0 of them lacks one" in outcome.text
 
 
 def test_there_are_enough_attacks() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.data import coco
 from pipelines.data.coco import CocoLayout, read_coco
+from pipelines.data.coco_entries import category_entry
 from pipelines.data.findings import Findings
 from pipelines.data.schema import RECORD, require
 from pipelines.errors import UserError
@@ -188,3 +189,11 @@ def test_memory_of_a_large_json(folder, monkeypatch):
         return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
 
     assert peak(str(count)) - peak() < 100
+
+
+def test_little_is_kept_of_a_category() -> None:
+    entry = {"id": 1, "name": "cat", "isthing": 1, "supercategory": "animal", "color": [1, 2, 3]}
+    assert category_entry({**entry, "more": [1]}) == entry
+    huge = {key: [[["x" * 300] * 30] * 30] * 30 for key in entry}
+    assert category_entry(huge) == {key: [[]] * 4 for key in entry}
+    assert category_entry([huge] * 9) == [{}] * 4

@@ -6,7 +6,7 @@ import simplejpeg
 from PIL import Image
 
 from maskformer import image_files
-from maskformer.image_files import rgb_pixels
+from maskformer.image_files import TooLargeError, open_image, rgb_pixels
 from maskformer.images import read_image
 from maskformer.taxonomy import Taxonomy
 from pipelines.data import pixels
@@ -21,6 +21,7 @@ from pipelines.data.pixels import (
     pixel_runs,
 )
 from tests.pipelines.data.coco_folder import CATEGORIES, OTHER_STUFF, OTHER_THING, STUFF, THING, ids_to_rgb
+from tests.security.hostile_files import BOMBS, OTHER_BOMBS, jpeg_of_scans
 
 TAXONOMY = Taxonomy.from_coco(CATEGORIES)
 
@@ -212,6 +213,21 @@ def test_a_jpeg_of_many_scans_is_refused():
             decode(many)
     for whole in (content, encoded(noise, "JPEG"), encoded(noise, "JPEG", comment=b"\xff\xda" * 200)):
         assert np.array_equal(decode_image(whole + b"\xff\xda\0\0" * 500), decode_image(whole))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in BOMBS if "empty" in name or "without a length" in name] + ["GIF of comments of one byte"]
+)
+def test_a_file_of_too_many_parts_is_refused(name):
+    content = {**BOMBS, **OTHER_BOMBS}[name]()
+    with pytest.raises(TooLargeError, match="has more than 200,000 parts"):
+        open_image(content)
+
+
+def test_a_large_jpeg_may_have_fewer_scans():
+    open_image(jpeg_of_scans(10, 7200, 7200))
+    with pytest.raises(TooLargeError, match="is a JPEG of more than 20 scans"):
+        open_image(jpeg_of_scans(12, 7200, 7200))
 
 
 def test_panoptic_ids_use_all_24_bits():

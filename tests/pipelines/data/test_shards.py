@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.data.coco import CocoLayout, read_coco
+from maskformer.taxonomy import Taxonomy
+from pipelines.data.classes import ClassMap
+from pipelines.data.coco import CocoLayout, Segment, read_coco
 from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, cut, pack
 from pipelines.data.pixels import decode_panoptic, decompress_index_map
+from pipelines.data.shards import _relabeled
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
@@ -147,3 +151,16 @@ def test_images_of_the_pack_are_those_of_the_folder(tmp_path: Path) -> None:
         file = tmp_path / "coco" / SPLIT / row["file_name"]
         assert row["image"] == file.read_bytes()
         assert Image.open(io.BytesIO(row["panoptic"])).size == Image.open(file).size
+
+
+def test_changed_classes_of_a_large_map_take_little_memory() -> None:
+    taxonomy = Taxonomy.from_coco([{"id": 1, "name": "cat", "isthing": 1}])
+    ids = np.repeat(np.arange(8, dtype=np.int32), 2**18).reshape(2**10, 2**11)
+    segments = [Segment(id=number, category_id=1 + number % 2, iscrowd=False) for number in range(1, 8)]
+    tracemalloc.start()
+    changed, kept = _relabeled(ids, segments, ClassMap(taxonomy, {1: 1, 2: None}, True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(changed, np.where(ids % 2, 0, ids))
+    assert [segment["id"] for segment in kept] == [2, 4, 6]
+    assert peak < 2 * ids.nbytes

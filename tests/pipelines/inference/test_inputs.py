@@ -49,6 +49,32 @@ def test_files_globs_and_lists(photos: Path, tmp_path: Path) -> None:
     assert [name.rpartition("/")[2] for name in names("@list.txt")] == ["a.jpg", "%FF.jpg", "none.jpg"]
 
 
+def test_deep_folders_and_circles_of_links(photos: Path) -> None:
+    (photos / "sub" / "a").symlink_to(photos / "sub")
+    (photos / "sub" / "b").symlink_to(photos / "sub")
+    assert names("photos/**/*.webp") == names("photos/**/deep/**/*.*") == ["sub/deep/c.webp"]
+    assert names("photos/sub/**") == ["deep/c.webp"]
+
+
+def test_folders_nested_more_deeply_than_python_recurses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    depth = 1100
+    try:
+        for _ in range(depth):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("x.png").touch()
+        os.chdir(tmp_path)
+        expected = [str(tmp_path / ("d/" * depth + "x.png"))]
+        for named in ("d", "d/**"):
+            assert [item.source for item in Inputs([named], "/nowhere")] == expected
+    finally:  # pytest cannot remove it
+        os.chdir(tmp_path)
+        (tmp_path / ("d/" * depth + "x.png")).unlink()
+        for number in range(depth, 0, -1):
+            os.rmdir("d/" * number)
+
+
 def test_a_prefix_of_an_object_store(bucket: str) -> None:
     for name in ("photos/a.jpg", "photos/sub/b.png", "photos/notes.txt", "out/x.jpg"):
         (locate(bucket) / name).write_bytes(b"x")
