@@ -66,7 +66,7 @@ CODES: dict[str, Code] = {
     # Categories.
     "category-entry": Code(
         "error",
-        "a category has no integer id in 0..2147483647, no name, or a color that is none",
+        "a category has no integer id in 0..2147483647, no name of 1 to 200 printable characters, or a color that is none",
         "add or correct the value",
     ),
     "category-isthing": Code(
