@@ -27,7 +27,7 @@ from tests.pipelines.data.coco_folder import (
     write_coco_folder,
 )
 from tests.security import hostile_files
-from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_BOMBS, OTHER_FORMATS, encoded, png
+from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_BOMBS, OTHER_FORMATS, chunk, encoded, png
 from tests.security.hostile_use import REFUSALS, use_data_set, use_each, use_inputs
 from tests.security.isolated import Outcome, run
 
@@ -206,6 +206,15 @@ def fine(width: int, height: int) -> bytes:
     return encoded(Image.fromarray(ids_to_rgb(checker)), "PNG", compress_level=1)
 
 
+HEADER = png(32, 24)[8:33]
+
+
+def png_after(first: bytes) -> bytes:
+    """Return a PNG of 16 bits with a chunk before its header."""
+    whole = png(32, 24, depth=16)
+    return whole[:8] + first + whole[8:]
+
+
 def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
@@ -330,6 +339,10 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "a name that is not UTF-8": (lambda folder: hostile_files.unreadable_name(image_file(folder)), "no fault"),
     # Content of images.
     "a PNG of 16 bits": (png_is(lambda: png(32, 24, depth=16)), "png-format"),
+    **{
+        f"a PNG of 16 bits after {name}": (png_is(lambda first=first: png_after(first)), "png-format")
+        for name, first in {"a header of 8 bits": HEADER, "another chunk": chunk(b"abCd", bytes([8] * 13))}.items()
+    },
     "a map of 50 million pixels": (of_size(7200, 7000, png), "image-size"),
     "a map of more pixels than are read": (of_size(7300, 7300, png), "too-large"),
     "a map of 5 million runs": (of_size(2500, 2000, fine), "png-too-fine"),

@@ -14,9 +14,14 @@ import pytest
 from PIL import Image
 
 from pipelines.data.coco import CocoLayout, read_coco
+from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import compress_index_map
+from pipelines.data.reading import read_files
 from pipelines.data.schema import INDEX
+from pipelines.errors import UserError
+from pipelines.evaluation.predictions import _Compare
+from pipelines.evaluation.score import _truth
 from pipelines.storage import sha256
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
 from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise
@@ -288,6 +293,22 @@ def test_hostile_packs(good: Path, tmp_path: Path, number: int) -> None:
         require(outcome, "!", name)
         expected = ATTACKS[name][1].split("|")
         assert any(words in outcome.text for words in expected), (name, outcome)
+
+
+@pytest.mark.parametrize("name", ["a PNG of another size", "a map that is a JPEG"])
+def test_a_bad_map_is_named_when_results_are_compared(good: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(good, tmp_path / "packed")
+    ATTACKS[name][0](tmp_path / "packed")
+    samples = open_pack(str(tmp_path / "packed"))
+    entry = samples.index.to_pylist()[0]
+    size = entry["height"], entry["width"]
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", size[::-1]), "PNG"))
+    with pytest.raises(UserError, match=rf"Row 0 of .*, image {entry['image_id']}, cannot be used: .*Delete the pack"):
+        _Compare(samples, str(tmp_path))._compare(0, {"file_name": "a.png", "segments_info": []})
+    panoptic, _ = read_files(samples.shards[0], entry, "panoptic", "image")
+    row = {"image_id": 5, "panoptic": bytes(panoptic), "original_height": size[0], "original_width": size[1]}
+    with pytest.raises(UserError, match="Image 5 of the pack cannot be used: .*Delete the pack"):
+        _truth(row)
 
 
 def test_there_are_enough_attacks() -> None:
