@@ -4,6 +4,7 @@ Each runs in a process of its own with limits on time and memory, see `isolated`
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -463,6 +464,22 @@ def test_what_lies_elsewhere_can_be_named(folder: Path) -> None:
     pack(dataset, str(folder.parent / "packed"), PackConfig(), in_process=True)
     (folder.parent / "linked").symlink_to(folder)
     read_coco(CocoLayout.find(str(folder.parent / "linked"), SPLIT, **named))
+
+
+def test_files_that_are_links_to_another_folder_can_be_read(folder: Path) -> None:
+    """The remedy of `file-outside` works: Hugging Face's cache, git-annex and DVC keep the content in such a folder."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for path in [*(folder / SPLIT).iterdir(), *(folder / "annotations" / f"panoptic_{SPLIT}").iterdir()]:
+        target = path.rename(blobs / path.name)
+        path.symlink_to(os.path.relpath(target, path.parent))
+    require(run(use_data_set, str(folder), refusals=REFUSALS), "file-outside")
+    named = {
+        "images": str(folder / SPLIT),
+        "annotations": str(json_file(folder)),
+        "panoptic": str(folder / "annotations" / f"panoptic_{SPLIT}"),
+    }
+    require(run(partial(use_data_set, **named), str(folder.parent), refusals=REFUSALS), "no fault")
 
 
 def test_a_corrected_input_is_no_other_input(folder: Path, tmp_path: Path) -> None:
