@@ -223,8 +223,8 @@ def _require_usable(names: Sequence[str], what: str) -> None:
     """Refuse names that a category cannot have."""
     if unusable := [name for name in names if not name.isprintable() or not 0 < len(name) <= MAX_NAME]:
         raise UserError(
-            f"{what} gives classes the names {_listed(unusable)}; a name is 1 to {MAX_NAME} printable characters on one "
-            f"line, without a tab or a no-break space."
+            f"{what} gives classes the names {_listed(unusable)}; a name is 1 to {MAX_NAME} printable characters "
+            f"on one line, without a tab or a no-break space. Choose other names."
         )
 
 

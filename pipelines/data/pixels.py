@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import simplejpeg
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from maskformer.image_files import (
     MAX_PIXELS,
@@ -88,7 +89,8 @@ def png_depth(image: Image.Image) -> int:
     """Return the bits per channel of an opened PNG, which is not yet decoded. Of 16, Pillow would read the upper 8."""
     # Pillow's own name of what it will decode, such as "RGB", "RGB;16B" or "P;4". The bytes of the file could tell of
     # another header than the one that Pillow uses.
-    mode, _, bits = str(image.tile[0].args if image.tile else "").partition(";")
+    tiles = image.tile if isinstance(image, ImageFile) else []
+    mode, _, bits = str(tiles[0].args if tiles else "").partition(";")
     return int(bits.rstrip("B")) if bits else 1 if mode == "1" else 8
 
 

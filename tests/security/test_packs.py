@@ -307,7 +307,7 @@ def test_a_bad_map_is_named_when_results_are_compared(good: Path, tmp_path: Path
         _Compare(samples, str(tmp_path))._compare(0, {"file_name": "a.png", "segments_info": []})
     panoptic, _ = read_files(samples.shards[0], entry, "panoptic", "image")
     row = {"image_id": 5, "panoptic": bytes(panoptic), "original_height": size[0], "original_width": size[1]}
-    with pytest.raises(UserError, match="Image 5 of the pack cannot be used: .*Delete the pack"):
+    with pytest.raises(UserError, match=r"Image 5 of the pack cannot be used: .*Delete the pack"):
         _truth(row)
 
 

@@ -215,5 +215,5 @@ def test_other_images_whose_names_are_not_utf_8_are_left_out(tmp_path: Path) -> 
     (tmp_path / "c.jpg").symlink_to("a.jpg")
     (tmp_path / "d.jpg").symlink_to("nothing")
     assert validate_module._sizes(locate(tmp_path)) == {"a.jpg": 1, "c.jpg": 1}
-    with pytest.raises(UserError, match="There are no images in .*--other-split"):
+    with pytest.raises(UserError, match=r"There are no images in .*--other-split"):
         validate_module._sizes(locate(tmp_path / "absent"))
