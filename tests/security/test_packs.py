@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,11 @@ def nested(depth: int) -> pa.Table:
     for _ in range(depth):
         kind = pa.list_(kind)
     return pa.table([pa.nulls(1, kind)], names=["a"])
+
+
+def linked(name: str, target: str, folder: Path) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
 
 
 def many_values(rows: list[dict[str, Any]]) -> None:
@@ -277,6 +283,12 @@ ATTACKS: dict[str, tuple[Change, str]] = {
         for name in ("manifest.json", "index.parquet", "shard-00000.parquet")
         if not (kind == "a sparse file of 20 GB" and name == "shard-00000.parquet")
     },
+}
+
+ATTACKS |= {
+    f"{source} as {name}": (partial(linked, name, source), "Name a regular file")
+    for source in ("/proc/self/pagemap", "/proc/self/status")
+    for name in ("manifest.json", "index.parquet")
 }
 
 _AT_A_TIME = 15
