@@ -111,7 +111,7 @@ def _explained(name: str) -> Generator[None]:
             f"{escaped(name)} {what} no picture of a known format ({known}). Convert it to JPEG or PNG."
         ) from None
     except TooLargeError as error:
-        raise UnreadableImageError(f"{escaped(name)} {error}. Make it smaller, or raise max_pixels.") from None
+        raise UnreadableImageError(f"{escaped(name)} {error}. Make it smaller.") from None
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
         raise UnreadableImageError(
             f"{escaped(name)} cannot be decoded ({reason_of(error)}). Replace it by an undamaged copy."

@@ -43,7 +43,9 @@ T = TypeVar("T")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-_NOT_REGULAR = {errno.ENXIO, errno.ENODEV, errno.ELOOP, errno.ENAMETOOLONG}  # a socket, a device, no name of a file
+_NOT_REGULAR = {  # a socket, a device, a file of /proc, no name of a file
+    *(errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
+}
 _NO_SUCH_NAME = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _AWAY = {  # of a network mount, mostly
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO),
@@ -175,8 +177,13 @@ class Location:
         def read() -> bytes | None:
             if self.is_local:
                 with open_regular(self.path) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    return file.read() if limit is None or size <= limit else None
+                    if limit is None:
+                        return file.read()
+                    if (size := os.fstat(file.fileno()).st_size) > limit:
+                        return None
+                    if len(content := file.read(size + 1)) > size:  # in /proc, where files may have no end
+                        raise NotRegularError(None, f"it has more bytes than its size of {size:,}", self.path)
+                    return content
             with self.filesystem.open_input_file(self.path) as file:  # an input stream requests 256 KiB at a time
                 return file.read() if limit is None or file.size() <= limit else None
 

@@ -20,7 +20,7 @@ from maskformer.taxonomy import Taxonomy
 from maskformer.untrusted import escaped
 from pipelines.data.files import FileOutsideError, NameOutsideError, read_file
 from pipelines.data.findings import CODES, Finding
-from pipelines.data.pixels import FORMATS, MAX_SEGMENTS, panoptic_ids, pixel_runs
+from pipelines.data.pixels import FORMATS, MAX_SEGMENTS, panoptic_ids, pixel_runs, png_depth
 from pipelines.errors import StorageRefusedError, UserError
 from pipelines.storage import Location, sha256
 
@@ -178,7 +178,7 @@ def _check_image(file: _File, content: bytes, size: tuple[int, int], config: Che
     if extension not in _EXTENSIONS[kind]:
         file.add("-extension", f"it is {_article(kind)}, and its name ends in {extension!r}")
     mode = image.mode
-    if mode.startswith(("I", "F")) or (kind == "PNG" and _png_depth(content) == 16):
+    if mode.startswith(("I", "F")) or (kind == "PNG" and png_depth(image) == 16):
         file.add("-16-bit", "it has 16 bits per channel")
     elif mode == "CMYK":
         file.add("-cmyk", "it is CMYK")
@@ -233,8 +233,9 @@ def _check_png(file: _File, content: bytes, size: tuple[int, int], config: Check
     image = file.open(content, ("PNG",), config)
     if image is None:
         return None
-    if image.mode != "RGB" or _png_depth(content) != 8:
-        file.add("-format", f"it is a PNG of mode {image.mode} with {_png_depth(content)} bits per channel")
+    depth = png_depth(image)
+    if image.mode != "RGB" or depth != 8:
+        file.add("-format", f"it is a PNG of mode {image.mode} with {depth} bits per channel")
         return None
     if image.size != size:
         what = f"the PNG is {image.width} x {image.height}, but the image {size[0]} x {size[1]} in the JSON"
@@ -305,11 +306,6 @@ def _measure(ids: npt.NDArray[np.int32]) -> tuple[dict[int, int], dict[int, list
     return dict(zip(values.tolist(), area.tolist(), strict=True)), dict(
         zip(values.tolist(), boxes.tolist(), strict=True)
     )
-
-
-def _png_depth(content: bytes) -> int:
-    """Return the bits per channel in a PNG's header. Pillow reads 16 bits per channel as 8."""
-    return content[24]
 
 
 def _article(kind: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from maskformer.taxonomy import Taxonomy
+from maskformer.taxonomy import MAX_NAME, Taxonomy
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -97,6 +97,7 @@ class ClassMap:
         unsaid = {entry["name"] for entry in categories if "isthing" not in entry}  # not told in the annotations
         things, stuff, drop = _sections(text, what)
         _require_known([*_members(things), *_members(stuff), *drop], source, what)
+        _require_usable([*things, *stuff], what)
 
         groups = [(name, members, True) for name, members in things.items()]
         groups += [(name, members, False) for name, members in stuff.items()]
@@ -216,6 +217,15 @@ def _require_known(used: Sequence[str], known: Collection[str], what: str) -> No
         )
     if repeated := _repeated(used):
         raise UserError(f"{what} uses {_listed(repeated)} more than once; a class can become one class only.")
+
+
+def _require_usable(names: Sequence[str], what: str) -> None:
+    """Refuse names that a category cannot have."""
+    if unusable := [name for name in names if not name.isprintable() or not 0 < len(name) <= MAX_NAME]:
+        raise UserError(
+            f"{what} gives classes the names {_listed(unusable)}; a name is 1 to {MAX_NAME} printable characters "
+            f"on one line, without a tab or a no-break space. Choose other names."
+        )
 
 
 def _require_distinct(names: Sequence[str], what: str) -> None:

@@ -188,11 +188,10 @@ def read_coco(layout: CocoLayout, classes: Location | None = None) -> CocoDatase
 def _changed_classes(file: Location, categories: list[Any]) -> ClassMap | None:
     """Return the map, and add what it says to categories without `isthing`; None if the categories are unusable."""
     try:
-        classes = ClassMap.read(file, categories)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError):
+        Taxonomy.from_coco([{"isthing": 0, **entry} for entry in categories])
+    except (TypeError, ValueError):
         return None  # reading the categories one by one says why
+    classes = ClassMap.read(file, categories)
     for number, entry in enumerate(categories):
         category = classes.category_of[entry["id"]]
         isthing = category is None or classes.taxonomy.is_thing(classes.taxonomy.class_index(category))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
-from maskformer.taxonomy import Category, Taxonomy
+from maskformer.taxonomy import MAX_NAME, Category, Taxonomy
 from pipelines.data.findings import MAX_IMAGE_ID, MAX_INT32, MAX_SEGMENT_ID, Findings
 from pipelines.errors import UserError
 
@@ -141,6 +141,7 @@ def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxono
     """
     report = partial(findings.add, file=file)
     found: dict[int, Category] = {}
+    given = {entry["name"] for entry in entries if isinstance(entry, dict) and _is_text(entry.get("name"))}
     names: set[str] = set()
     for number, entry in enumerate(entries):
         identifier = entry.get("id") if isinstance(entry, dict) else None
@@ -154,10 +155,14 @@ def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxono
         name, isthing = entry.get("name"), entry.get("isthing")
         if not _is_text(name):
             report("category-entry", what=f"category {identifier} has no name of type str, got {_short(entry)}")
-            name = f"category {identifier}"
-        if name in names:
+            name = _other_name(identifier, given)
+        elif not name.isprintable() or len(name) > MAX_NAME:
+            what = f"category {identifier} has no name of 1 to {MAX_NAME} printable characters, got {_short(entry)}"
+            report("category-entry", what=what)
+            name = _other_name(identifier, given)
+        elif name in names:
             report("category-name-repeated", what=f"the category name {name!r} occurs more than once")
-            name = f"{name} ({identifier})"
+            name = _other_name(identifier, given)
         if not isinstance(isthing, int) or isthing not in (0, 1):
             what = f"category {identifier}, {name!r}, has no isthing of 0 or 1, got {_short(entry)}"
             report("category-isthing", what=what)
@@ -174,6 +179,15 @@ def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxono
     if not found:
         raise UserError(f"{file} has no usable category, got {_short(entries)}; give id, name and isthing of each.")
     return Taxonomy(tuple(sorted(found.values(), key=lambda category: (not category.isthing, category.id))))
+
+
+def _other_name(identifier: int, names: set[str]) -> str:
+    """Return a name for a category that is none of `names`; it differs for each identifier."""
+    name, number = f"category {identifier}", 1
+    while name in names:
+        number += 1
+        name = f"category {identifier} ({number})"
+    return name
 
 
 def _image_id(entry: Any, key: str, name: str, code: str, report: Report) -> int | None:
@@ -245,7 +259,7 @@ def _pruned(value: Any, depth: int, most: int = 20) -> Any:
     """Return the beginning of a value that may be huge: `most` items of each list and object, to this depth."""
     match value:
         case str():
-            return value[:200]
+            return value[: MAX_NAME + 1]  # a name that is too long stays too long
         case list():
             return [_pruned(each, depth - 1, most) for each in value[:most]] if depth else []
         case dict():

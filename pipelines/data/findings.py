@@ -66,7 +66,8 @@ CODES: dict[str, Code] = {
     # Categories.
     "category-entry": Code(
         "error",
-        "a category has no integer id in 0..2147483647, no name, or a color that is none",
+        "a category has no integer id in 0..2147483647, no name of 1 to 200 printable characters, or a color that is "
+        "none",
         "add or correct the value",
     ),
     "category-isthing": Code(
@@ -117,7 +118,8 @@ CODES: dict[str, Code] = {
     "file-outside": Code(
         "error",
         "a link leads to a file outside of the data set's folders",
-        "copy the file, or name the folder where it really is with --images or --panoptic",
+        "copy the file, or name the folder where it really is with --images or --panoptic; if each file is a link, "
+        "give the folder above links and files with --input, and --images, --annotations and --panoptic",
     ),
     "too-large": Code(
         "error",

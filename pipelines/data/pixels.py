@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import simplejpeg
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from maskformer.image_files import (
     MAX_PIXELS,
@@ -76,11 +77,21 @@ def decode_panoptic(content: bytes | memoryview, size: tuple[int, int] | None = 
         ValueError: the bytes are not a complete PNG of this size with three 8-bit channels, or declare too many pixels.
     """
     image = _opened(content, ("PNG",))
-    if image.mode != "RGB" or content[24] != 8:  # of 16 bits per channel, Pillow would read the upper 8
-        raise ValueError(f"it is a PNG of mode {image.mode} with {content[24]} bits, not a PNG of mode RGB with 8 bits")
+    depth = png_depth(image)
+    if image.mode != "RGB" or depth != 8:
+        raise ValueError(f"it is a PNG of mode {image.mode} with {depth} bits, not a PNG of mode RGB with 8 bits")
     if size is not None and (image.height, image.width) != size:
         raise ValueError(f"the PNG is {image.width} x {image.height}, but its image {size[1]} x {size[0]}")
     return panoptic_ids(_loaded(image))
+
+
+def png_depth(image: Image.Image) -> int:
+    """Return the bits per channel of an opened PNG, which is not yet decoded. Of 16, Pillow would read the upper 8."""
+    # Pillow's own name of what it will decode, such as "RGB", "RGB;16B" or "P;4". The bytes of the file could tell of
+    # another header than the one that Pillow uses.
+    tiles = image.tile if isinstance(image, ImageFile) else []
+    mode, _, bits = str(tiles[0].args if tiles else "").partition(";")
+    return int(bits.rstrip("B")) if bits else 1 if mode == "1" else 8
 
 
 def panoptic_ids(image: Image.Image) -> npt.NDArray[np.int32]:

@@ -124,10 +124,14 @@ def _find_rare_classes(dataset: CocoDataset, config: CheckConfig, findings: Find
 
 
 def _sizes(folder: Location) -> dict[str, int]:
-    """Return the length in bytes of each file in a folder."""
-    selector = fs.FileSelector(folder.path, allow_not_found=True)
-    infos = retried("list", folder, lambda: folder.filesystem.get_file_info(selector))
-    sizes = {info.base_name: info.size or 0 for info in infos if info.type == fs.FileType.File}
+    """Return the length in bytes of each file in a folder whose name is UTF-8; no JSON can have another name."""
+    if folder.is_local:
+        found = folder.sizes().items()
+        sizes = {n: size for n, size in found if "/" not in n and n.encode(errors="replace").decode() == n}
+    else:
+        selector = fs.FileSelector(folder.path, allow_not_found=True)
+        infos = retried("list", folder, lambda: folder.filesystem.get_file_info(selector))
+        sizes = {info.base_name: info.size or 0 for info in infos if info.type == fs.FileType.File}
     if not sizes:
         raise UserError(f"There are no images in {escaped(folder.uri)}; check --other-split.")
     return dict(sorted(sizes.items()))

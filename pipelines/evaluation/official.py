@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from maskformer.image_files import MAX_BYTES
+from pipelines.data.files import read_file, resolved
 from pipelines.data.pixels import decode_panoptic
 from pipelines.data.reading import read_files
 from pipelines.errors import UserError
@@ -97,7 +97,7 @@ def _written(evaluation: EvaluationResult, scratch: Path) -> Iterator[tuple[dict
         panoptic, _ = read_files(evaluation.data.shards[entry["shard"]], entry, "panoptic", "panoptic")
         (scratch / "truth" / name).write_bytes(panoptic)
         image = predicted[image_id]
-        (scratch / "prediction" / name).write_bytes((folder / image.file_name).read_bytes(MAX_BYTES))
+        (scratch / "prediction" / name).write_bytes(read_file(folder, image.file_name, (resolved(folder),)))
         # panopticapi takes the areas of the ground truth from its JSON, which a pack does not have.
         areas = dict(zip(*(a.tolist() for a in np.unique(decode_panoptic(panoptic), return_counts=True)), strict=True))
         truth = [{**s, "iscrowd": int(s["iscrowd"]), "area": areas[s["id"]]} for s in entry["segments"]]

@@ -19,7 +19,7 @@ from pipelines.data.files import read_file, resolved
 from pipelines.data.json_stream import JsonLists
 from pipelines.data.manifest import PackedSet, open_pack
 from pipelines.data.pixels import decode_panoptic, image_size
-from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files
+from pipelines.data.reading import PACK_AGAIN, UnusableRowError, read_files, unusable
 from pipelines.errors import UserError
 from pipelines.evaluation.evaluate import finish, score_the_truth
 from pipelines.evaluation.folder import EvaluationFolder
@@ -228,7 +228,11 @@ class _Compare:
             return "", f"PNGs that do not exist in {self.png_folder}", f"image {image_id}: {escaped(name)}"
         except ValueError as error:
             return "", "PNGs that cannot be read", f"image {image_id}: {escaped(name)} ({escaped(str(error))})"
-        truth = decode_panoptic(panoptic, size)
+        try:
+            truth = decode_panoptic(panoptic, size)
+        except ValueError as error:
+            reason = unusable(self.samples.shards[entry["shard"]], entry, error)
+            raise UserError(f"{reason}. {PACK_AGAIN}.") from error
         segments = annotation["segments_info"]
         try:
             analysis = analyze_image((ids, segments), (truth, entry["segments"]), self.samples.taxonomy, image_id)

@@ -26,6 +26,7 @@ from pipelines.checkpoints.saved_model import SavedModel
 from pipelines.data.execution import original_errors
 from pipelines.data.manifest import PackedSet
 from pipelines.data.pixels import decode_panoptic
+from pipelines.data.reading import PACK_AGAIN
 from pipelines.data.schema import RESIZED, require
 from pipelines.data.stream import resized_images
 from pipelines.errors import UserError
@@ -81,7 +82,7 @@ def score_row(segment: Segmenter, row: dict[str, Any]) -> PanopticQuality:
     quality = PanopticQuality(segment.taxonomy)
     size = row["original_height"], row["original_width"]
     prediction = segment.segment_resized(_pixels(row), size)
-    quality.update(prediction, (decode_panoptic(row["panoptic"], size), row["segments"]), row["image_id"])
+    quality.update(prediction, (_truth(row), row["segments"]), row["image_id"])
     return quality
 
 
@@ -189,13 +190,25 @@ class _Fuse:
             png = io.BytesIO()
             Image.fromarray(encode_ids(ids)).save(png, "PNG")
             (folder / name).write_bytes(png.getvalue())
-            truth = decode_panoptic(row["panoptic"], original), row["segments"]
+            truth = _truth(row), row["segments"]
             try:
                 analysis = analyze_image((ids, segments), truth, self.taxonomy, row["image_id"])
             except ValueError as error:
                 raise UserError(f"The result of an image cannot be compared: {error}") from error
             results.append({"result": ScoredImage(name, segments, analysis).to_json()})
         return pa.Table.from_pylist(results)
+
+
+def _truth(row: dict[str, Any]) -> np.ndarray:
+    """Return the segment ids of the ground truth, int32 [H, W], of a row of RESIZED or _LOGITS.
+
+    Raises:
+        UserError: its PNG is not usable.
+    """
+    try:
+        return decode_panoptic(row["panoptic"], (row["original_height"], row["original_width"]))
+    except ValueError as error:
+        raise UserError(f"Image {row['image_id']} of the pack cannot be used: {error}. {PACK_AGAIN}.") from error
 
 
 def _pixels(row: dict[str, Any]) -> np.ndarray:

@@ -67,12 +67,14 @@ class PanopticSegmenter(PythonModel):
         return Segmenter(evaluated.model, evaluated.taxonomy, config, **size)
 
 
-def _read_image(content: bytes, row: int) -> Any:
-    """Return the pixels of an image file, or of one in base64."""
+def _read_image(content: bytes | str, row: int) -> Any:
+    """Return the pixels of an image file, or of one in base64. A text of a request is never taken for a path."""
     name = f"The image of row {row}"
     try:
         with contextlib.suppress(binascii.Error):  # MLflow's server decodes base64 in dataframes, but not in `inputs`
             content = base64.b64decode(content, validate=True)
+        if not isinstance(content, bytes):
+            raise TypeError("it is neither the bytes of an image file nor base64")
         return maskformer.read_image(content, name=name)
     except (ValueError, TypeError) as error:
         raise MlflowException.invalid_parameter_value(f"{name} cannot be read: {error}") from error

@@ -89,6 +89,24 @@ def test_reading_an_absent_file(folder: Location) -> None:
         (folder / "a").read_bytes()
 
 
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", ["pagemap", "status"])
+def test_a_file_whose_size_is_wrong_is_refused(name: str, tmp_path: Path) -> None:
+    """Reading one of /proc may be an invalid argument, or give more than its size says."""
+    (tmp_path / "link").symlink_to(f"/proc/self/{name}")
+    with pytest.raises(StorageRefusedError, match=r"Cannot read .*link: .*\. Name a regular file"):
+        locate(tmp_path / "link").read_bytes(limit=10**9)
+
+
+def test_a_file_of_as_many_bytes_as_the_limit_is_read(folder: Location) -> None:
+    (folder / "a").write_bytes(b"12345")
+    (folder / "b").write_bytes(b"")
+    assert (folder / "a").read_bytes(limit=5) == b"12345"
+    assert (folder / "b").read_bytes(limit=0) == b""
+    with pytest.raises(StorageRefusedError, match="more than 4 bytes"):
+        (folder / "a").read_bytes(limit=4)
+
+
 def test_a_location_is_its_uri(folder: Location) -> None:
     below = folder / "a" / "b"
     assert str(below) == below.uri == f"{folder}/a/b"

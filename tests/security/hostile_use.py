@@ -22,12 +22,14 @@ from pipelines.data.pack import PackConfig, open_output, pack
 from pipelines.data.pixels import decode_image, decode_panoptic, index_map_type
 from pipelines.data.reading import UnusableRowError, read_files, unusable
 from pipelines.data.tasks import LoadAndResize, decoded_sample
+from pipelines.errors import UserError
 from pipelines.inference.inputs import Inputs
 from pipelines.inference.stages import Read
 from pipelines.storage import locate, set_patience
 from tests.pipelines.data.coco_folder import SPLIT
 
-REFUSALS = (ValueError, UnusableRowError)
+REFUSALS = (UserError, UnusableRowError, UnreadableImageError)
+"""What jobs report in a paragraph. Any other ValueError would end them with a traceback."""
 
 pa.set_memory_pool(pa.system_memory_pool())  # the default one reserves gigabytes of addresses, which are limited
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from pipelines.data.coco import CocoLayout, read_coco
 from pipelines.data.manifest import open_pack
 from pipelines.data.pack import PackConfig, pack
 from pipelines.data.pixels import compress_index_map
+from pipelines.data.reading import read_files
 from pipelines.data.schema import INDEX
-from pipelines.evaluation.predictions import _read
+from pipelines.errors import UserError
+from pipelines.evaluation.predictions import _Compare, _read
+from pipelines.evaluation.score import _truth
 from pipelines.storage import locate, sha256
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
 from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise
@@ -124,6 +128,11 @@ def nested(depth: int) -> pa.Table:
     for _ in range(depth):
         kind = pa.list_(kind)
     return pa.table([pa.nulls(1, kind)], names=["a"])
+
+
+def linked(name: str, target: str, folder: Path) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
 
 
 def many_values(rows: list[dict[str, Any]]) -> None:
@@ -317,6 +326,12 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     },
 }
 
+ATTACKS |= {
+    f"{source} as {name}": (partial(linked, name, source), "Name a regular file")
+    for source in ("/proc/self/pagemap", "/proc/self/status")
+    for name in ("manifest.json", "index.parquet")
+}
+
 _AT_A_TIME = 15
 BATCHES = [list(ATTACKS)[start : start + _AT_A_TIME] for start in range(0, len(ATTACKS), _AT_A_TIME)]
 
@@ -349,6 +364,22 @@ def test_results_of_nested_lists_are_read_in_bounded_memory(good: Path, tmp_path
     assert outcome.kind == "refused", outcome
     assert outcome.memory < MEMORY, outcome
     assert "Entry 0 of them lacks one" in outcome.text
+
+
+@pytest.mark.parametrize("name", ["a PNG of another size", "a map that is a JPEG"])
+def test_a_bad_map_is_named_when_results_are_compared(good: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(good, tmp_path / "packed")
+    ATTACKS[name][0](tmp_path / "packed")
+    samples = open_pack(str(tmp_path / "packed"))
+    entry = samples.index.to_pylist()[0]
+    size = entry["height"], entry["width"]
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", size[::-1]), "PNG"))
+    with pytest.raises(UserError, match=rf"Row 0 of .*, image {entry['image_id']}, cannot be used: .*Delete the pack"):
+        _Compare(samples, str(tmp_path))._compare(0, {"file_name": "a.png", "segments_info": []})
+    panoptic, _ = read_files(samples.shards[0], entry, "panoptic", "image")
+    row = {"image_id": 5, "panoptic": bytes(panoptic), "original_height": size[0], "original_width": size[1]}
+    with pytest.raises(UserError, match=r"Image 5 of the pack cannot be used: .*Delete the pack"):
+        _truth(row)
 
 
 def test_there_are_enough_attacks() -> None:

@@ -1,5 +1,6 @@
 """Classes to train on: what a YAML file may say, and every way in which it may be wrong."""
 
+import json
 import pickle
 import time
 from collections.abc import Callable
@@ -194,6 +195,15 @@ def test_a_file_is_read_as_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig"):
         file.write_text("stuff: {größe: sky}", encoding)
         assert named(ClassMap.read(locate(str(file)), CATEGORIES))["größe"] == (40, False)
+
+
+@pytest.mark.parametrize("name", ["big\u00a0truck", "big\ttruck", "\x1b[31m", "", "x" * 201, "a\u200bb"])
+def test_a_new_name_that_no_category_can_have_is_refused(name: str) -> None:
+    for section in ("things", "stuff"):
+        with pytest.raises(UserError, match="a name is 1 to 200 printable characters") as refused:
+            parse(json.dumps({section: {name: "truck"}}))
+        assert str(refused.value).isprintable()
+    assert named(parse(json.dumps({"things": {"x" * 200: "truck"}})))["x" * 200] == (7, True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pipelines.data.coco_entries import category_entry
 from pipelines.data.findings import Findings
 from pipelines.data.schema import RECORD, require
 from pipelines.errors import UserError
+from pipelines.storage import locate
 from tests.pipelines.data.coco_folder import CATEGORIES, SPLIT, edit_json, json_file, write_coco_folder
 
 
@@ -161,6 +162,39 @@ def test_every_fault_of_the_json_is_found_at_once(folder):
     assert {100, 101, 102} < findings.images
     assert len(findings.images) == 5
     assert findings.of_whole_set == ["category-isthing"]
+
+
+def test_changes_of_classes_are_never_left_out(folder):
+    """Either the classes are changed, or the file is refused, or the categories have a finding."""
+    file = folder / "classes.yaml"
+
+    def read_changed():
+        return read_coco(CocoLayout.find(str(folder), SPLIT), locate(file))
+
+    file.write_text("things: {big train: train}")
+    assert "big train" in read_changed().classes.taxonomy.names
+    file.write_text("things: {big\u00a0train: train}")
+    with pytest.raises(UserError, match="a name is 1 to 200 printable characters"):
+        read_changed()
+    file.write_text("things: {big train: train}")
+    edit_json(folder, lambda document: document["categories"][0].update(name="a\u00a0rug"))
+    assert read_changed().findings.of_whole_set == ["category-entry"]
+
+
+def test_names_that_no_category_can_have_are_replaced_by_unique_ones(folder):
+    names = ["category 303", "x" * 200, "category 304", "category 304 (2)", "a\tb", "x" * 200, "x" * 201, "a (302)"]
+
+    def edit(document):
+        entries = [{"id": 300 + n, "name": name, "isthing": 1} for n, name in enumerate(names)]
+        document["categories"] += entries
+
+    edit_json(folder, edit)
+    found = read(folder)
+    assert found.findings.counts == {"category-entry": 2, "category-name-repeated": 1}
+    name_of = {category.id: category.name for category in found.taxonomy.categories}
+    assert [name_of[300 + n] for n in range(len(names))] == [
+        *names[:4], "category 304 (3)", "category 305", "category 306", names[7],
+    ]  # fmt: skip
 
 
 SIZE = """

@@ -21,7 +21,7 @@ from pipelines.data.pixels import (
     pixel_runs,
 )
 from tests.pipelines.data.coco_folder import CATEGORIES, OTHER_STUFF, OTHER_THING, STUFF, THING, ids_to_rgb
-from tests.security.hostile_files import BOMBS, OTHER_BOMBS, jpeg_of_scans
+from tests.security.hostile_files import BOMBS, OTHER_BOMBS, chunk, jpeg_of_scans, png
 
 TAXONOMY = Taxonomy.from_coco(CATEGORIES)
 
@@ -241,6 +241,13 @@ def test_panoptic_ids_use_all_24_bits():
 def test_panoptic_must_be_an_rgb_png(mode):
     with pytest.raises(ValueError, match=f"PNG of mode {mode} with [0-9]+ bits, not a PNG of mode RGB with 8 bits"):
         decode_panoptic(encoded(Image.new(mode, (8, 8)), "PNG"))
+
+
+@pytest.mark.parametrize("first", [b"", png(32, 24)[8:33], chunk(b"abCd", bytes([8] * 13))])
+def test_panoptic_must_not_have_16_bits_wherever_its_header_is(first):
+    content = png(32, 24, depth=16)
+    with pytest.raises(ValueError, match="PNG of mode RGB with 16 bits"):
+        decode_panoptic(content[:8] + first + content[8:])
 
 
 def test_panoptic_must_not_be_a_jpeg():

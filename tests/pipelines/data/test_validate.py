@@ -1,6 +1,7 @@
 """Validation of a whole data set on Ray Data, and its report."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,15 @@ def test_every_code_is_documented() -> None:
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     documented = {row[0].strip("|` "): tuple(cell.strip(" |") for cell in row[1:]) for row in rows if len(row) == 4}
     assert documented == {code: (known.severity, known.meaning, known.remedy) for code, known in CODES.items()}
+
+
+def test_other_images_whose_names_are_not_utf_8_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, content in ((b"a.jpg", b"1"), (b"\xff.jpg", b"22"), (b"sub/b.jpg", b"333")):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(content)
+    (tmp_path / "c.jpg").symlink_to("a.jpg")
+    (tmp_path / "d.jpg").symlink_to("nothing")
+    assert validate_module._sizes(locate(tmp_path)) == {"a.jpg": 1, "c.jpg": 1}
+    with pytest.raises(UserError, match=r"There are no images in .*--other-split"):
+        validate_module._sizes(locate(tmp_path / "absent"))
