@@ -195,7 +195,9 @@ def _table(content: bytes, manifest: Manifest) -> pa.Table:
         total += int(length[part.indices.drop_null().to_numpy()].sum())
     if total > _MAX_EXPANSION * len(content) + _ALWAYS:
         raise ValueError(f"it has file names of {total:,} bytes in a file of {len(content):,} bytes")
-    return table.set_column(place, INDEX.field("file_name"), table.column(place).cast(pa.string()))
+    table = table.set_column(place, INDEX.field("file_name"), table.column(place).cast(pa.string()))
+    table.validate(full=True)  # also that texts are UTF-8, which Parquet does not promise
+    return table
 
 
 def _problem(table: pa.Table, manifest: Manifest) -> str | None:
