@@ -3,8 +3,8 @@
 python jobs/bench/read_weights.py
 
 The file is made first, with random weights: 850 MB, or 2.5 GB with --optimizer. Each reading is a process of its own,
-and the two readers take turns. A figure is the median of the repeats: seconds for reading, the most memory that it
-added to the process, and that of the process that it started.
+and the two readers take turns. A figure is the median of the repeats: seconds for reading, and the most memory that it
+added to the process.
 """
 
 import json
@@ -30,8 +30,8 @@ def now():
 before, start = now(), time.perf_counter()
 exec(command)
 seconds = time.perf_counter() - start
-peak, child = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(json.dumps([seconds, peak - before, child]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([seconds, peak - before]))
 """
 
 
@@ -62,10 +62,8 @@ def main() -> None:
                 found[name].append(json.loads(result.stdout))
         print(f"{path.name}: {path.stat().st_size / 1e6:,.0f} MB")
     for name, readings in found.items():
-        seconds, memory, child = (statistics.median(column) for column in zip(*readings, strict=True))
-        print(
-            f"{name}: {seconds:.2f} s, {memory / 1e6:,.0f} MB of memory, {child / 1e6:,.0f} MB in a process of its own"
-        )
+        seconds, memory = (statistics.median(column) for column in zip(*readings, strict=True))
+        print(f"{name}: {seconds:.2f} s, {memory / 1e6:,.0f} MB of memory")
 
 
 def _write(path: Path, with_optimizer: bool) -> None:
