@@ -290,7 +290,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "a URI as a file name": (image(file_name="http://127.0.0.1:1/a.jpg"), "image-missing"),
     "a terminal's commands as a file name": (image(file_name="\x1b]0;x\x07\n\x1b[2J.jpg"), "image-missing"),
     "a terminal's commands as a list": (text(lambda t: t.replace('"images"', '"im\\u001bages"', 1)), "!no list images"),
-    "an entry of 20 MB": (image(file_name=f'="{"a" * 20_000_000}"'), "!more than 16,777,216 characters"),
+    "an entry of 20 MB": (image(file_name=f'="{"a" * 20_000_000}"'), "!more than 8,388,608 characters"),
     "an entry of many lists": (image(file_name=f"=[{'[],' * 1_500_000}1]"), "image-entry"),
     "a list of many segments": (annotation(segments_info=[{}] * 200_000), "segments-too-many"),
     "many bad segments": (
