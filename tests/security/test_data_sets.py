@@ -404,8 +404,8 @@ def test_there_are_enough_attacks() -> None:
 
 # Bombs that are images all the same: what is too much of them is not read.
 HARMLESS = {
-    *("PNG of 100,000 texts", "PNG of a broken text", "PNG of much data", "PNG of many frames", "JPEG of CMYK"),
-    *("JPEG of 50,000 comments", "JPEG of several pictures", "WebP of many frames"),
+    *("PNG of a broken text", "PNG of much data", "PNG of many frames", "JPEG of CMYK"),
+    *("JPEG of several pictures", "WebP of many frames"),
 }
 
 
