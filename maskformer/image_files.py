@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from maskformer.untrusted import escaped
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Formats that are read, by Pillow's names. Others would give more code access to files that nobody has checked. Of
+"""Formats that are read, by Pillow's names. The decoders of others would be more code that hostile files reach. Of
 several pictures in a file the first is read; JPEG includes MPO, which has several."""
 
 MAX_PIXELS = 52_000_000

@@ -187,7 +187,7 @@ def _end_of_user(scheme: str, text: str, start: int, last: int) -> int:
     end = text.rfind("@", start, authority) + 1
     user = text[start : end - 1]
     if (scheme in _AZURE and ":" not in user) or (scheme, user) == ("gs", "anonymous"):
-        return start  # the name of a container, or nobody
+        return start  # the name of a container, or an anonymous user
     return max(start, end)
 
 

@@ -33,6 +33,7 @@ from ray._private import state  # the table of actors; Ray's public one needs th
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from maskformer.untrusted import escaped
 from pipelines.credentials import redacted
 from pipelines.errors import StorageUnavailableError, UserError
 from pipelines.storage import Location
@@ -251,7 +252,7 @@ class Frame:
     line: int
 
     def __str__(self) -> str:
-        return f"{_printable(self.function)} ({_printable(self.file)}:{self.line})"
+        return f"{escaped(self.function)} ({escaped(self.file)}:{self.line})"
 
     @property
     def is_ours(self) -> bool:
@@ -310,7 +311,7 @@ class WorkerReport:
         if found.training and found.training[0] not in where:
             where.insert(0, found.training[0])
         return (
-            f"Worker {self.rank} ({_printable(str(beat['host']))}, node {_printable(str(beat['node_id'])[:12])}, pid "
+            f"Worker {self.rank} ({escaped(str(beat['host']))}, node {escaped(str(beat['node_id'])[:12])}, pid "
             f"{beat['pid']}) has spent {beat['seconds'] + self.age:.0f} s {_PHASES[beat['phase']]} at step "
             f"{beat['step']}"
             + (f" with the images {images}" if images else "")
@@ -405,7 +406,7 @@ def describe_hang(reason: str, reports: Sequence[WorkerReport], file: Location) 
 def _stacks(report: WorkerReport) -> str:
     lines = [str(report)]
     for thread, frames in report.inspection.threads.items():
-        lines += [f"  thread {_printable(thread)}", *(f"    {frame}" for frame in frames)]
+        lines += [f"  thread {escaped(thread)}", *(f"    {frame}" for frame in frames)]
     return "\n".join(lines)
 
 
@@ -455,7 +456,7 @@ def _on_nodes(
         try:
             results |= ray.get(answer)
         except RayError as error:
-            text = _printable(str(error).strip().splitlines()[-1][:200] if str(error).strip() else repr(error))
+            text = escaped(str(error).strip().splitlines()[-1][:200] if str(error).strip() else repr(error))
             problems |= dict.fromkeys(answers[answer], f"its node did not answer ({text})")
     for answer in late:
         ray.cancel(answer, force=True)
@@ -525,7 +526,7 @@ def _by_py_spy(beat: Mapping[str, Any]) -> tuple[_Threads | None, str]:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_STACK_SECONDS)
         if result.returncode:
             lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-            return None, f"py-spy failed ({_printable(' '.join(lines[:4])[:200])})"
+            return None, f"py-spy failed ({escaped(' '.join(lines[:4])[:200])})"
         return [
             (
                 thread["thread_id"],
@@ -574,8 +575,3 @@ def _workers(ranks: Iterable[int]) -> str:
     ranks = sorted(ranks)
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"Worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
-
-
-def _printable(text: str) -> str:
-    """Escape what a terminal could interpret."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
