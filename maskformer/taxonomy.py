@@ -171,13 +171,18 @@ def _listed(values: Sequence[object]) -> str:
     return f"{escaped(list(values[:50]), 1000)}{' and more' if len(values) > 50 else ''}"
 
 
+def is_name(name: object) -> bool:
+    """Return whether a category may have this name: 1 to MAX_NAME printable characters."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME
+
+
 def _check_category(category: Category) -> None:
     identifier, name = category.id, category.name
     if type(identifier) is not int or not 0 <= identifier <= MAX_ID:
         raise ValueError(
             f"A category has an integer id in 0..{MAX_ID}, got {escaped(repr(identifier), 100)}; correct this id."
         )
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:  # pyright: ignore[reportUnnecessaryIsInstance]  # from a file
+    if not is_name(name):
         raise ValueError(
             f"A category has a name of 1 to {MAX_NAME} printable characters, got {escaped(repr(name), 100)} for the id "
             f"{identifier}; rename it."

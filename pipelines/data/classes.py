@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from maskformer.taxonomy import MAX_NAME, Taxonomy
+from maskformer.taxonomy import MAX_NAME, Taxonomy, is_name
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -221,7 +221,7 @@ def _require_known(used: Sequence[str], known: Collection[str], what: str) -> No
 
 def _require_usable(names: Sequence[str], what: str) -> None:
     """Refuse names that a category cannot have."""
-    if unusable := [name for name in names if not name.isprintable() or not 0 < len(name) <= MAX_NAME]:
+    if unusable := [name for name in names if not is_name(name)]:
         raise UserError(
             f"{what} gives classes the names {_listed(unusable)}; a name is 1 to {MAX_NAME} printable characters "
             f"on one line, without a tab or a no-break space. Choose other names."

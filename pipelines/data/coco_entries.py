@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
-from maskformer.taxonomy import MAX_NAME, Category, Taxonomy
+from maskformer.taxonomy import MAX_NAME, Category, Taxonomy, is_name
 from pipelines.data.findings import MAX_IMAGE_ID, MAX_INT32, MAX_SEGMENT_ID, Findings
 from pipelines.errors import UserError
 
@@ -156,7 +156,7 @@ def read_categories(entries: list[Any], file: str, findings: Findings) -> Taxono
         if not _is_text(name):
             report("category-entry", what=f"category {identifier} has no name of type str, got {_short(entry)}")
             name = _other_name(identifier, given)
-        elif not name.isprintable() or len(name) > MAX_NAME:
+        elif not is_name(name):
             what = f"category {identifier} has no name of 1 to {MAX_NAME} printable characters, got {_short(entry)}"
             report("category-entry", what=what)
             name = _other_name(identifier, given)
