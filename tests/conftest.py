@@ -4,6 +4,7 @@ from tests.shapes import enforce
 
 enforce()  # before anything imports maskformer
 
+import multiprocessing
 import os
 import signal
 import uuid
@@ -25,6 +26,15 @@ from pipelines.data.synthetic import SyntheticConfig, draw_and_pack
 from tests.browser import Browser, chromium
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# One server forks the processes of all tests. It imports once what they use, and is started by whichever test is first.
+multiprocessing.set_forkserver_preload(
+    [
+        "tests.security.checkpoint_attacks",
+        "tests.security.hostile_use",
+        "tests.pipelines.tracking.versions",
+        "tests.pipelines.training.test_reduction",
+    ]
+)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

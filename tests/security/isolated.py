@@ -1,6 +1,6 @@
 """Run a function on hostile input in a process of its own, with limits on time and memory.
 
-Processes are forked from a server that has imported the project, so that one takes milliseconds.
+Processes are forked from a server that has imported the project, see `tests/conftest.py`: one takes milliseconds.
 """
 
 import contextlib
@@ -19,17 +19,6 @@ SECONDS = 10
 MEMORY = 2**30
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        *("maskformer", "maskformer.checkpoint", "pipelines.checkpoints.state"),
-        *(
-            "pipelines.data.check_report",
-            "pipelines.data.tasks",
-            "pipelines.inference.stages",
-            "tests.security.hostile_use",
-        ),
-    ]
-)
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,6 @@ def test_the_newest_of_many_registrations_has_the_alias(uri: str, name: str, kin
                 job.result()
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.pipelines.tracking.versions"])
         task = (uri, name, "candidate", each, context.Lock(), context.Barrier(programs))
         processes = [context.Process(target=register_versions, args=task) for _ in range(programs)]
         for process in processes:

@@ -6,7 +6,6 @@ process group of their own for each scenario.
 
 import hashlib
 import math
-import multiprocessing
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
@@ -282,8 +281,6 @@ def _process(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Run all scenarios; return the results of each one's ranks."""
     folder = tmp_path_factory.mktemp("reduction")
-    # Imports torch and Ray once for all processes.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     start_processes(_process, (folder,), nprocs=MOST_WORKERS, start_method="forkserver")
     of_ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(MOST_WORKERS)]
     return {name: [of_ranks[rank][name] for rank in range(workers)] for name, workers, _ in scenarios(folder)}
