@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from maskformer.image_files import MAX_BYTES, MAX_PIXELS
 from maskformer.taxonomy import Taxonomy
 from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
+from pipelines.data.parquet_pages import require_agreeing_pages
 from pipelines.data.schema import FILES, INDEX, require
 from pipelines.errors import UserError
 from pipelines.storage import Location, absolute, locate, sha256
@@ -182,6 +183,7 @@ def _table(content: bytes, manifest: Manifest) -> pa.Table:
     # Each row has three hashes, which nothing compresses, so the whole is not much larger than its file.
     if negative or max(plain, values) > _MAX_EXPANSION * len(content) + _ALWAYS:
         raise ValueError(f"it declares {plain:,} bytes and {values:,} values in a file of {len(content):,} bytes")
+    require_agreeing_pages(content, metadata)
     # A name is read once, however many rows have it, until all names together are known to be small enough.
     table = pq.ParquetFile(pa.BufferReader(content), metadata=metadata, read_dictionary=["file_name"]).read()
     if len(table) != rows:

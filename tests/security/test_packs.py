@@ -176,17 +176,43 @@ def footer_says(number: int) -> Change:
         start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
         # In Thrift's compact protocol: field 3 (num_rows) of type i64, whose value 3 is zigzag 6, and a list of groups.
         place = content.index(b"\x16\x06\x19\x3c", start)
-        value, digits = 2 * number, bytearray()
-        while value > 127:
-            digits.append(value & 127 | 128)
-            value >>= 7
-        digits.append(value)
-        content[place + 1 : place + 2] = digits
+        content[place + 1 : place + 2] = varint(number)
         content[-8:-4] = (len(content) - 8 - start).to_bytes(4, "little")
         index_is(bytes(content), folder, rows=number)
         manifest(lambda found: found.update(num_images=number, shards=[{**found["shards"][0], "rows": number}]))(folder)
 
     return edit
+
+
+def large_page(size: int) -> Change:
+    """Write an index with a name of this length, whose footer says that the column has 100 bytes."""
+
+    def edit(folder: Path) -> None:
+        rows = pq.read_table(folder / "index.parquet")
+        names = pa.array(["a" * size, *rows["file_name"].to_pylist()[1:]])
+        buffer = io.BytesIO()
+        pq.write_table(rows.set_column(1, INDEX.field(1), names), buffer, compression="zstd", use_dictionary=False)
+        content = buffer.getvalue()
+        column = pq.ParquetFile(buffer).metadata.row_group(0).column(1)
+        # In the footer, fields 6 and 7 of a column are its sizes, of type i64 in Thrift's compact protocol.
+        stored = b"\x16" + varint(column.total_compressed_size)
+        said = b"\x16" + varint(column.total_uncompressed_size) + stored
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        footer = content[start:-8]
+        assert footer.count(said) == 1
+        footer = footer.replace(said, b"\x16" + varint(100) + stored)
+        index_is(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1", folder)
+
+    return edit
+
+
+def varint(value: int) -> bytes:
+    """Return a positive number as Thrift's compact protocol writes it."""
+    value, digits = 2 * value, bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
 
 
 ATTACKS: dict[str, tuple[Change, str]] = {
@@ -252,6 +278,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "an index of 500,000 equal rows": (many_rows(500_000), "do not ascend"),
     "an index of 1,500 names of 1 MB": (long_names(2**20, 1500), "more than 4,095 bytes"),
     "an index of 200,000 names of 4,000 bytes": (long_names(4000, 200_000), "file names of 800,000,000 bytes"),
+    "an index whose page has 300 MB, and its footer says 100 bytes": (large_page(300_000_000), "pages of its column"),
     "an index whose footer says 150 million rows": (footer_says(150_000_000), "other numbers of rows"),
     "height 0": (first(height=0), "an image without a size"),
     "a negative width": (first(width=-32), "an image without a size"),
