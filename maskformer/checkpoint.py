@@ -26,7 +26,7 @@ from maskformer.config import MAX_SIDE, ModelConfig, PanopticConfig, require_int
 from maskformer.inference import Segmenter
 from maskformer.model import build_model
 from maskformer.taxonomy import COCO, Taxonomy
-from maskformer.untrusted import escaped, open_regular, read_json
+from maskformer.untrusted import escaped, open_regular, read_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _read_step(folder: Path) -> weights.Weights:
         raise _DamagedError(f"{folder} is not a complete checkpoint ({what}). Use another one of its run.") from error
     if version != _VERSION:
         raise ValueError(
-            f"The checkpoint {folder} has version {escaped(repr(version), 50)}, and this program reads {_VERSION}. Use "
+            f"The checkpoint {folder} has version {shown(version, 50)}, and this program reads {_VERSION}. Use "
             f"the version of maskformer-ray that wrote it, or give its model.safetensors."
         )
     if wrong:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_type_hints
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import shown
 
 WeightFormat = Literal["native", "mmdet", "mmdet2", "huggingface"]
 """File format of saved weights: safetensors with the native names, mmdetection 3.x or 2.x (.pth), or a folder for
@@ -62,19 +62,17 @@ class ModelConfig:
         for name in ("backbone", "initialization"):
             allowed = get_args(get_type_hints(ModelConfig)[name])
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(allowed)}, got {_shown(getattr(self, name))}."
-                )
+                raise ValueError(f"model.{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}.")
         for name, most in _MOST.items():
             least = 0 if name == "encoder_layers" else 1
             value = require_integer(f"model.{name}", getattr(self, name))
             if value < least:
                 what = "must not be negative" if least == 0 else "must be at least 1"
                 raise ValueError(
-                    f"model.{name} {what}, got {_shown(value)}{'; 0 is the plain FPN' if not least else ''}."
+                    f"model.{name} {what}, got {shown(value)}{'; 0 is the plain FPN' if not least else ''}."
                 )
             if value > most:
-                raise ValueError(f"model.{name} must be at most {most:,}, got {_shown(value)}.")
+                raise ValueError(f"model.{name} must be at most {most:,}, got {shown(value)}.")
         if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
             raise ValueError(
                 f"model.hidden_dim must be a multiple of model.num_heads and of 4 (two sine/cosine axes), "
@@ -82,18 +80,18 @@ class ModelConfig:
             )
         for name in ("dropout", "decoder_feedforward_dropout", "drop_path"):
             if not 0 <= require_number(f"model.{name}", getattr(self, name)) < 1:
-                raise ValueError(f"model.{name} must lie in [0, 1), got {_shown(getattr(self, name))}.")
+                raise ValueError(f"model.{name} must lie in [0, 1), got {shown(getattr(self, name))}.")
         if type(self.checkpoint_activations) is not bool:
             raise ValueError(
-                f"model.checkpoint_activations must be true or false, got {_shown(self.checkpoint_activations)}."
+                f"model.checkpoint_activations must be true or false, got {shown(self.checkpoint_activations)}."
             )
         for name in ("pixel_mean", "pixel_std"):
             values: Any = getattr(self, name)
             if type(cast("object", values)) is not tuple or len(values) != 3:
-                raise ValueError(f"model.{name} must be three numbers, got {_shown(values)}.")
+                raise ValueError(f"model.{name} must be three numbers, got {shown(values)}.")
             for value in values:
                 if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value < 1e-6):
-                    raise ValueError(f"model.{name} is out of range, got {_shown(values)}.")
+                    raise ValueError(f"model.{name} is out of range, got {shown(values)}.")
         if self._parameters() > _MOST_PARAMETERS:
             raise ValueError(
                 f"The model would have about {self._parameters():,} parameters besides its backbone, more than "
@@ -131,7 +129,7 @@ def require_integer(name: str, value: Any) -> int:
         ValueError: it is none; a boolean is none either.
     """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {_shown(value)}.")
+        raise ValueError(f"{name} must be an integer, got {shown(value)}.")
     return value
 
 
@@ -142,12 +140,8 @@ def require_number(name: str, value: Any) -> float:
         ValueError: it is none; a boolean is none either.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e300:
-        raise ValueError(f"{name} must be a finite number, got {_shown(value)}.")
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}.")
     return value
-
-
-def _shown(value: object) -> str:
-    return escaped(repr(value), 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +180,7 @@ class PanopticConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= require_number(f"panoptic.{name}", value) <= 1:
-                raise ValueError(f"panoptic.{name} must lie in [0, 1], got {_shown(value)}.")
+                raise ValueError(f"panoptic.{name} must lie in [0, 1], got {shown(value)}.")
 
 
 MAX_SIDE = 10_000

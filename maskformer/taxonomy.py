@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, shown
 
 MAX_CATEGORIES = 50_000
 MAX_ID = 2**31 - 1
@@ -179,12 +179,10 @@ def is_name(name: object) -> bool:
 def _check_category(category: Category) -> None:
     identifier, name = category.id, category.name
     if type(identifier) is not int or not 0 <= identifier <= MAX_ID:
-        raise ValueError(
-            f"A category has an integer id in 0..{MAX_ID}, got {escaped(repr(identifier), 100)}; correct this id."
-        )
+        raise ValueError(f"A category has an integer id in 0..{MAX_ID}, got {shown(identifier)}; correct this id.")
     if not is_name(name):
         raise ValueError(
-            f"A category has a name of 1 to {MAX_NAME} printable characters, got {escaped(repr(name), 100)} for the id "
+            f"A category has a name of 1 to {MAX_NAME} printable characters, got {shown(name)} for the id "
             f"{identifier}; rename it."
         )
 
@@ -192,25 +190,22 @@ def _check_category(category: Category) -> None:
 def _read_category(entry: Mapping[str, object]) -> Category:
     if not isinstance(entry, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # from a file
         raise ValueError(
-            f"A panoptic category is an object with id, name and isthing, got {escaped(repr(entry), 200)}; correct it."
+            f"A panoptic category is an object with id, name and isthing, got {shown(entry, 200)}; correct it."
         )
     missing = [key for key in ("id", "name", "isthing") if key not in entry]
     if missing:
         raise ValueError(
-            f"A panoptic category needs id, name and isthing, got {_shown(entry)} without {' and '.join(missing)}; "
-            f"use the categories of a COCO panoptic file (those of a detection file have no isthing)."
+            f"A panoptic category needs id, name and isthing, got {shown(dict(entry), 300)} without "
+            f"{' and '.join(missing)}; use the categories of a COCO panoptic file "
+            f"(those of a detection file have no isthing)."
         )
     identifier, name, isthing, color = entry["id"], entry["name"], entry["isthing"], entry.get("color")
     if type(identifier) is not int or not isinstance(name, str) or isthing not in (0, 1):
         raise ValueError(
-            f"A panoptic category has an integer id, a string name and isthing 0 or 1, got {_shown(entry)}; "
+            f"A panoptic category has an integer id, a string name and isthing 0 or 1, got {shown(dict(entry), 300)}; "
             f"correct this entry."
         )
     return Category(identifier, name, bool(isthing), _read_color(color))
-
-
-def _shown(entry: Mapping[str, object]) -> str:
-    return escaped(dict(entry), 300)
 
 
 def _read_color(color: object) -> tuple[int, int, int] | None:

@@ -90,3 +90,8 @@ def escaped(value: object, longest: int | None = None) -> str:
     cut = longest is not None and len(text) > longest
     shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:longest])
     return f"{shown}..." if cut else shown
+
+
+def shown(value: object, longest: int = 100) -> str:
+    """Return a value from outside as Python writes it, in one line that is cut after `longest` characters."""
+    return escaped(repr(value), longest)

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, get_args, get_type_hints
 
 from maskformer.config import ModelConfig
 from maskformer.taxonomy import COCO, Taxonomy
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, shown
 from maskformer.weights.reading import Weights
 
 
@@ -72,14 +72,14 @@ def model_fields(weights: Weights) -> dict[str, Any]:
         fields = {name: tuple(value) if _is_list(value) else value for name, value in native.items()}
         if fields.get("backbone") not in get_args(get_type_hints(ModelConfig)["backbone"]):
             raise ValueError(
-                f"{weights.source} has a configuration with the backbone {_shown(fields.get('backbone'))}, which this "
+                f"{weights.source} has a configuration with the backbone {shown(fields.get('backbone'))}, which this "
                 f"version does not know. Use the version that wrote it."
             )
         defaults = ModelConfig()
         odd = [name for name, value in fields.items() if not _is_like(value, getattr(defaults, name))]
         if odd:
             raise ValueError(
-                f"{weights.source} has a configuration whose {odd[0]} is {_shown(fields[odd[0]])}, where a value like "
+                f"{weights.source} has a configuration whose {odd[0]} is {shown(fields[odd[0]])}, where a value like "
                 f"{getattr(defaults, odd[0])!r} is expected. Give an undamaged copy of the file."
             )
         return fields
@@ -108,10 +108,6 @@ def _is_like(value: object, default: object) -> bool:
     if _is_tuple(value) and _is_tuple(default):
         return len(value) == len(default) and all(map(_is_like, value, default))
     return isinstance(value, int | float if isinstance(default, float) else type(default))
-
-
-def _shown(value: object) -> str:
-    return escaped(repr(value), 100)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -57,7 +57,7 @@ class RefusedError(ValueError):
     """The file names a function or class that no checkpoint needs. The message is this name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name if len(name) <= 100 and name.isprintable() else f"{name[:100]!r}...")
+        super().__init__(escaped(name, 100))
 
 
 def kind_of(head: bytes) -> Kind | None:

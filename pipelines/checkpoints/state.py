@@ -30,7 +30,7 @@ from torch import Tensor
 from maskformer import weights
 from maskformer.config import require_integer, require_number
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json, shown
 from maskformer.weights.pickles import RefusedError
 from maskformer.weights.pickles import load as load_pickled
 from pipelines.config.serialize import to_dict
@@ -166,7 +166,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         what = f"{type(error).__name__}: {escaped(error, 300)}"
         raise DamagedCheckpointError(f"{folder} cannot be read: {what}") from error
     raise UserError(
-        f"The checkpoint {folder} has version {escaped(repr(version), 50)}, and this program reads {_VERSION}. Use the "
+        f"The checkpoint {folder} has version {shown(version, 50)}, and this program reads {_VERSION}. Use the "
         f"version of maskformer-ray that wrote it, or start a new run with --weights {folder}/model.safetensors."
     )
 

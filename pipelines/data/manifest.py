@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from maskformer.image_files import MAX_BYTES, MAX_PIXELS
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json
+from maskformer.untrusted import MAX_JSON_BYTES, escaped, parse_json, shown
 from pipelines.data.parquet_pages import require_agreeing_pages
 from pipelines.data.schema import FILES, INDEX, require
 from pipelines.errors import UserError
@@ -80,7 +80,7 @@ def read_manifest(location: Location) -> Manifest:
         found = parse_json(content)
         if found["version"] != VERSION or isinstance(found["version"], bool):
             raise UserError(
-                f"The pack {escaped(location)} has version {escaped(repr(found['version']), 40)}, and this program "
+                f"The pack {escaped(location)} has version {shown(found['version'], 40)}, and this program "
                 f"reads version {VERSION}; pack the data set again: python jobs/prepare_data.py --input COCO --split "
                 f"SPLIT --output NEW."
             )
@@ -116,7 +116,7 @@ def shard_file(number: int) -> str:
 def _packed_file(found: Any, name: str) -> PackedFile:
     """Check the entry of a file, which has this name and no other: a manifest must not name files elsewhere."""
     if found["file"] != name:
-        raise ValueError(f"it names the file {escaped(repr(found['file']), 100)} instead of {name}")
+        raise ValueError(f"it names the file {shown(found['file'])} instead of {name}")
     rows, size = _count(found, "rows"), _count(found, "bytes")
     return PackedFile(file=name, rows=rows, bytes=size, sha256=_hash(found, "sha256"))
 
@@ -124,14 +124,14 @@ def _packed_file(found: Any, name: str) -> PackedFile:
 def _count(found: Any, key: str) -> int:
     value = found[key]
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{key} is {escaped(repr(value), 60)}, not a number from 0 on")
+        raise ValueError(f"{key} is {shown(value, 60)}, not a number from 0 on")
     return value
 
 
 def _hash(found: Any, key: str) -> str:
     value = found[key]
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError(f"{key} is {escaped(repr(value), 60)}, not a SHA-256 in hexadecimal")
+        raise ValueError(f"{key} is {shown(value, 60)}, not a SHA-256 in hexadecimal")
     return value
 
 

@@ -11,7 +11,7 @@ import ray.data
 
 from maskformer.analysis.image import analyze_image
 from maskformer.taxonomy import Taxonomy
-from maskformer.untrusted import escaped
+from maskformer.untrusted import escaped, shown
 from pipelines.cluster.session import session
 from pipelines.data.coco_entries import MAX_CATEGORIES, category_entry
 from pipelines.data.execution import mapped, outputs
@@ -106,7 +106,7 @@ def _read(location: Location, samples: PackedSet, faults: dict[str, list[str]]) 
         if isinstance(image_id, int):
             seen.add(image_id)
         if type(image_id) is not int or image_id not in known:
-            faults["results for images that the data does not have"].append(f"image {escaped(repr(image_id), 60)}")
+            faults["results for images that the data does not have"].append(f"image {shown(image_id, 60)}")
         elif image_id in annotations:
             faults["images with more than one result"].append(f"image {image_id}")
         elif any(part in ("", ".", "..") or not _is_name(part) for part in name.split("/")):
