@@ -29,7 +29,7 @@ import resource
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 MEMORY = 512 * 2**20
 """Bytes of address space."""
@@ -85,6 +85,11 @@ class Damaged(Exception):
     """Why the file cannot be read."""
 
 
+# A value of a file is None, a boolean, a number, one of the four classes below, or a list with a letter in front, as in
+# the description: ["t", 1, 2] is a tuple. Here, a tensor ("T") has a Storage, and an array ("A") the state that numpy
+# pickles: version, shape, NumberType, whether in Fortran's order, Data.
+
+
 class Data:
     """Bytes or text, which stay in the file."""
 
@@ -103,20 +108,6 @@ class Data:
         return [0, -1, self.at, self.size]
 
 
-class Dict:
-    __slots__ = ("pairs",)
-
-    def __init__(self, pairs: list[Any]) -> None:
-        self.pairs = pairs
-
-
-class Set:
-    __slots__ = ("items",)
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-
 class Name:
     """An allowed function or class."""
 
@@ -124,28 +115,6 @@ class Name:
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-
-class Ignored:
-    """What is of no use to a reader of weights."""
-
-    __slots__ = ()
-
-
-class Odd:
-    """A tensor that cannot be read."""
-
-    __slots__ = ("reason",)
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-class Complex:
-    __slots__ = ("parts",)
-
-    def __init__(self, *parts: float) -> None:
-        self.parts = parts
 
 
 class NumberType:
@@ -157,15 +126,6 @@ class NumberType:
         self.code, self.order = code, "="
 
 
-class Array:
-    """A `numpy.ndarray` or one of numpy's scalars; the state is as numpy pickles it."""
-
-    __slots__ = ("state",)
-
-    def __init__(self, *state: Any) -> None:
-        self.state = state
-
-
 class Storage:
     """The values of tensors. The place is not known before all of a legacy file is read."""
 
@@ -175,13 +135,9 @@ class Storage:
         self.kind, self.number, self.place = kind, number, place
 
 
-class Tensor:
-    __slots__ = ("kind", "offset", "shape", "storage", "strides")
-
-    def __init__(
-        self, storage: Storage, kind: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> None:
-        self.storage, self.kind, self.offset, self.shape, self.strides = storage, kind, offset, shape, strides
+def _is(value: Any, letters: str) -> TypeGuard[list[Any]]:
+    """Return whether a value is a list with one of these letters in front."""
+    return isinstance(value, list) and cast("list[Any]", value)[0] in letters
 
 
 # ---- what a file may name
@@ -193,33 +149,37 @@ def _text(value: Any) -> str:
     raise Damaged("something else where a text is needed")
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
-    numbers = tuple(_sequence(value))
+def _items(value: Any) -> list[Any]:
+    if _is(value, "lt"):
+        return value[1:]
+    raise Damaged("something else where a list is needed")
+
+
+def _numbers(value: Any) -> list[int]:
+    numbers = _items(value)
     if len(numbers) <= 64 and all(type(each) is int for each in numbers):
         return numbers
     raise Damaged("something else where a shape is needed")
 
 
-def _dict(items: Any = ()) -> Dict:
-    if isinstance(items, Dict):
-        return Dict(list(items.pairs))
-    pairs: list[Any] = []
-    for item in _sequence(items):
-        pair = _sequence(item)
+def _size(sizes: Any) -> list[Any]:
+    return ["t", *_numbers(sizes)]
+
+
+def _dict(items: Any = None) -> list[Any]:
+    if _is(items, "d"):
+        return list(items)
+    pairs: list[Any] = ["d"]
+    for item in _items(["t"] if items is None else items):
+        pair = _items(item)
         if len(pair) != 2:
             raise Damaged("something else where a key and a value are needed")
         pairs += pair
-    return Dict(pairs)
+    return pairs
 
 
-def _sequence(value: Any) -> list[Any] | tuple[Any, ...]:
-    if isinstance(value, list | tuple):
-        return cast("list[Any] | tuple[Any, ...]", value)
-    raise Damaged("something else where a list is needed")
-
-
-def _set(items: Any = ()) -> Set:
-    return Set(list(_sequence(items)))
+def _set(items: Any = None) -> list[Any]:
+    return ["s", *_items(["t"] if items is None else items)]
 
 
 def _bytes(*arguments: Any) -> Data:
@@ -244,9 +204,9 @@ def _encode(text: Any, encoding: Any) -> Data:
     return data
 
 
-def _complex(real: Any, imaginary: Any) -> Complex:
+def _complex(real: Any, imaginary: Any) -> list[Any]:
     if type(real) in (int, float) and type(imaginary) in (int, float):
-        return Complex(real, imaginary)
+        return ["c", real, imaginary]
     raise Damaged("something else where a number is needed")
 
 
@@ -254,42 +214,40 @@ def _number_type(code: Any, *_: Any) -> NumberType:
     return NumberType(_text(code))
 
 
-def _array(*_: Any) -> Array:
-    return Array()
+def _array(*_: Any) -> list[Any]:
+    return ["A"]
 
 
-def _scalar(number: Any, data: Any = None) -> Array:
-    return Array(1, (), number, False, data)
+def _scalar(number: Any, data: Any = None) -> list[Any]:
+    return ["A", 1, ["t"], number, False, data]
 
 
-def _frombuffer(data: Any, number: Any, shape: Any, order: Any, axes: Any = None) -> Any:
+def _frombuffer(data: Any, number: Any, shape: Any, order: Any, axes: Any = None) -> list[Any]:
     if axes is not None or _text(order) not in ("C", "F"):
-        return Odd("an array whose axes are in another order; numpy.ascontiguousarray() changes it")
-    return Array(1, shape, number, _text(order) == "F", data)
+        return ["!", "an array whose axes are in another order; numpy.ascontiguousarray() changes it"]
+    return ["A", 1, shape, number, _text(order) == "F", data]
 
 
 def _tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _: Any = None, __: Any = None, metadata: Any = None
-) -> Any:
+) -> list[Any]:
     if not isinstance(storage, Storage) or type(offset) is not int:
         raise Damaged("a tensor without a storage")
-    if isinstance(metadata, Dict) and metadata.pairs:
-        return Odd("to be negated or conjugated; resolve_neg() and resolve_conj() do this")
-    kind = storage.kind
-    if kind.startswith("q"):
-        return Odd("sparse, quantized or nested")
-    return Tensor(storage, kind, offset, _numbers(shape), _numbers(strides))
+    if _is(metadata, "d") and len(metadata) > 1:
+        return ["!", "to be negated or conjugated; resolve_neg() and resolve_conj() do this"]
+    if storage.kind.startswith("q"):
+        return _sparse()
+    return ["T", storage, storage.kind, offset, _numbers(shape), _numbers(strides)]
 
 
 def _tensor_3(
     storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, kind: Any, metadata: Any = None
-) -> Any:
-    tensor = _tensor(storage, offset, shape, strides, metadata=metadata)
-    if isinstance(tensor, Odd):
-        return tensor
-    if not isinstance(kind, Name) or not kind.name.startswith("torch.") or not isinstance(tensor, Tensor):
+) -> list[Any]:
+    if not isinstance(kind, Name) or not kind.name.startswith("torch."):
         raise Damaged("a tensor without a type")
-    tensor.kind = kind.name.removeprefix("torch.")
+    tensor = _tensor(storage, offset, shape, strides, metadata=metadata)
+    if tensor[0] == "T":
+        tensor[2] = kind.name.removeprefix("torch.")
     return tensor
 
 
@@ -297,12 +255,12 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _sparse(*_: Any) -> Odd:
-    return Odd("sparse, quantized or nested")
+def _sparse(*_: Any) -> list[Any]:
+    return ["!", "sparse, quantized or nested"]
 
 
-def _meta(*_: Any) -> Odd:
-    return Odd("without values (on the meta device)")
+def _meta(*_: Any) -> list[Any]:
+    return ["!", "without values (on the meta device)"]
 
 
 def _rebuilt(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
@@ -311,8 +269,8 @@ def _rebuilt(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
     return _call(function, arguments)
 
 
-def _ignored(*_: Any) -> Ignored:
-    return Ignored()
+def _ignored(*_: Any) -> list[Any]:
+    return ["x"]
 
 
 def _both(names: Iterable[str], function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -356,7 +314,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _meta,
     "torch._tensor._rebuild_from_type_v2": _rebuilt,
     "torch.serialization._get_layout": _ignored,
-    "torch.Size": _numbers,
+    "torch.Size": _size,
     "torch.device": _ignored,
 }
 _WORDS = (
@@ -383,10 +341,10 @@ VALUES = {
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    if not isinstance(function, Name) or function.name not in FUNCTIONS or not isinstance(arguments, tuple):
+    if not isinstance(function, Name) or function.name not in FUNCTIONS or not _is(arguments, "t"):
         raise Damaged("a call of something that is not a function")
     try:
-        return FUNCTIONS[function.name](*arguments)
+        return FUNCTIONS[function.name](*arguments[1:])
     except TypeError:
         raise Damaged(f"wrong arguments for {function.name}") from None
 
@@ -401,7 +359,7 @@ class Budget:
         self.opcodes = OPCODES
 
 
-class Unpickler:
+class _Unpickler:
     """Interprets pickles, one after the other, in a range of a file. Dictionaries stay pairs, and nothing is called."""
 
     def __init__(
@@ -410,7 +368,7 @@ class Unpickler:
         start: int,
         end: int,
         budget: Budget,
-        storage: Callable[[tuple[Any, ...]], Storage] | None = None,
+        storage: Callable[[list[Any]], Storage] | None = None,
         inside: tuple[int, ...] = (),
     ) -> None:
         self.file, self.at, self.end, self.budget, self.inside = file, start, end, budget, inside
@@ -471,25 +429,17 @@ class Unpickler:
             self.file.seek(self.at)
         self.stack.append(data)
 
-    def push(self, value: Any) -> None:
-        """Add a value."""
-        self.stack.append(value)
-
-    def duplicate(self) -> None:
-        """Push the last value again."""
-        self.stack += self.last(1) * 2
+    def push(self, *values: Any) -> None:
+        self.stack += values
 
     def pop(self) -> Any:
-        """Return the last value."""
-        if not self.stack:
-            raise Damaged("its pickle is not valid")
-        return self.stack.pop()
+        return self.last(1)[0]
 
-    def last(self, count: int) -> tuple[Any, ...]:
+    def last(self, count: int) -> list[Any]:
         """Return the last values."""
         if len(self.stack) < count:
             raise Damaged("its pickle is not valid")
-        values = tuple(self.stack[-count:])
+        values = self.stack[-count:]
         del self.stack[-count:]
         return values
 
@@ -500,14 +450,12 @@ class Unpickler:
         values, self.stack = self.stack, self.marks.pop()
         return values
 
-    def extend(self, values: list[Any], kind: type, attribute: str) -> None:
+    def extend(self, letter: str, values: list[Any]) -> None:
         """Add values to the list, set or dictionary that is last."""
         target = self.stack[-1] if self.stack else None
-        if isinstance(target, Array | NumberType | Name):
-            raise Damaged(f"a {type(target).__name__} does not support item assignment")
-        if not isinstance(target, kind) or (kind is Dict and len(values) % 2):
-            raise Damaged("its pickle is not valid")
-        (cast("list[Any]", target) if kind is list else getattr(target, attribute)).extend(values)
+        if not _is(target, letter) or (letter == "d" and len(values) % 2):
+            raise Damaged("it adds items to what has none")
+        target += values
 
     def find(self, module: str, name: str) -> None:
         """Push an allowed name."""
@@ -526,9 +474,9 @@ class Unpickler:
 
     def embedded(self, arguments: Any) -> Storage:
         """Return the storage of a tensor that was pickled without torch.save, a file of torch.save by itself."""
-        if self.storage is not None or not isinstance(arguments, tuple) or len(cast("tuple[Any]", arguments)) != 1:
+        if self.storage is not None or not _is(arguments, "t") or len(arguments) != 2:
             raise Refused(_LOAD_FROM_BYTES)
-        data = cast("tuple[Any]", arguments)[0]
+        data = arguments[1]
         if not isinstance(data, Data):
             raise Damaged("a storage without bytes")
         at, size, *inside = data.place()
@@ -547,31 +495,29 @@ class Unpickler:
     def build(self) -> None:
         """Set the state of an object."""
         target, state = self.last(2)
-        self.stack.append(target)
-        if isinstance(target, Array) and isinstance(state, tuple):
-            target.state = cast("tuple[Any, ...]", state)
-        elif isinstance(target, NumberType) and isinstance(state, tuple) and len(cast("tuple[Any, ...]", state)) > 1:
-            # The first item is a version; the rest describes structured types.
-            target.order = _text(cast("tuple[Any, ...]", state)[1])
-        elif isinstance(target, Name):
+        self.push(target)
+        if isinstance(target, Name):
             raise Damaged(f"it sets attributes of {target.name}")
+        if _is(target, "A") and _is(state, "t"):
+            target[1:] = state[1:]
+        elif isinstance(target, NumberType) and _is(state, "t") and len(state) > 2:
+            # The first item is a version; the rest describes structured types.
+            target.order = _text(state[2])
         # Nothing else has attributes here: those of state dicts and tensors are metadata.
 
     def persistent(self) -> None:
         """Push a storage."""
         name = self.pop()
-        if self.storage is None or not isinstance(name, tuple):
+        if self.storage is None or not _is(name, "t"):
             raise Damaged("its pickle refers to something outside")
-        self.stack.append(self.storage(cast("tuple[Any, ...]", name)))
+        self.push(self.storage(name[1:]))
 
     def recall(self, index: int) -> None:
-        """Push a remembered value."""
         if index not in self.memo:
             raise Damaged("its pickle is not valid")
-        self.stack.append(self.memo[index])
+        self.push(self.memo[index])
 
     def remember(self, index: int) -> None:
-        """Remember the last value."""
         if not self.stack:
             raise Damaged("its pickle is not valid")
         self.memo[index] = self.stack[-1]
@@ -582,41 +528,16 @@ class Unpickler:
         self.stack = []
 
     def integer(self, size: int) -> None:
-        """Push an integer."""
         if not 0 <= size <= LONGEST_INTEGER:
             raise Damaged(f"its pickle has an integer of more than {LONGEST_INTEGER} bytes")
-        self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
+        self.push(int.from_bytes(self.take(size), "little", signed=True))
 
     def decimal(self) -> None:
-        """Push an integer or a boolean that is written in digits."""
+        """Push an integer or a boolean that Python 2 wrote in digits."""
         text = self.line()
-        if text in ("00", "01"):
-            self.stack.append(text == "01")
-        else:
-            self.stack.append(int(text.removesuffix("L")))
-
-    def object(self) -> None:
-        """Push a new object of the first of the marked values, with the others as arguments."""
-        function, *arguments = self.marked() or [None]
-        self.stack += [function, tuple(arguments)]
-        self.call()
-
-    def named_object(self) -> None:
-        """Push a new object of a name, with the marked values as arguments."""
-        arguments = tuple(self.marked())
-        self.find(self.line(), self.line())
-        self.stack.append(arguments)
-        self.call()
-
-    def with_keywords(self) -> None:
-        """Push a new object that has arguments with names."""
-        keywords = self.pop()
-        if not isinstance(keywords, Dict) or keywords.pairs:
-            raise Damaged("a call with keywords")
-        self.call()
+        self.push(text == "01" if text in ("00", "01") else int(text))
 
     def protocol(self) -> None:
-        """Check the version of pickle."""
         if self.take(1)[0] > 5:
             raise Damaged("its pickle is of an unknown version")
 
@@ -627,13 +548,11 @@ class Unpickler:
         else:
             self.marked()
 
-    def pairs(self, values: list[Any]) -> None:
-        """Push a dictionary."""
-        self.stack.append(Dict([]))
-        self.extend(values, Dict, "pairs")
+    def dictionary(self, values: list[Any]) -> None:
+        self.push(["d"])
+        self.extend("d", values)
 
     def name_on_stack(self) -> None:
-        """Push the name that is the last two values."""
         module, name = self.last(2)
         self.find(_text(module), _text(name))
 
@@ -641,36 +560,22 @@ class Unpickler:
 _LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 
 
-def _refuse_extension(_: Unpickler) -> NoReturn:
-    raise Refused("an extension of pickle")
-
-
-def _refuse_buffer(_: Unpickler) -> NoReturn:
-    raise Damaged("some of its values are outside the file")
-
-
-def _push(value: Any) -> Callable[[Unpickler], None]:
-    return lambda self: self.push(value)
-
-
-_ACTIONS: dict[str, Callable[[Unpickler], Any]] = {
-    "\x80": Unpickler.protocol,
+_ACTIONS: dict[str, Callable[[_Unpickler], Any]] = {
+    "\x80": _Unpickler.protocol,
     "\x95": lambda self: self.take(8),  # FRAME
-    "(": Unpickler.mark,
-    "0": Unpickler.drop,
-    "1": Unpickler.marked,
-    "2": Unpickler.duplicate,
-    "N": _push(None),
-    "\x88": _push(True),
-    "\x89": _push(False),
-    "I": Unpickler.decimal,
-    "L": Unpickler.decimal,
+    "(": _Unpickler.mark,
+    "0": _Unpickler.drop,
+    "1": _Unpickler.marked,
+    "2": lambda self: self.push(*self.last(1) * 2),
+    "N": lambda self: self.push(None),
+    "\x88": lambda self: self.push(True),
+    "\x89": lambda self: self.push(False),
+    "I": _Unpickler.decimal,
     "J": lambda self: self.push(self.number("i")),
     "K": lambda self: self.push(self.number("B")),
     "M": lambda self: self.push(self.number("H")),
     "\x8a": lambda self: self.integer(self.number("B")),
     "\x8b": lambda self: self.integer(self.number("i")),
-    "F": lambda self: self.push(float(self.line())),
     "G": lambda self: self.push(struct.unpack(">d", self.take(8))[0]),
     "U": lambda self: self.data(self.number("B"), "latin1"),  # strings of Python 2
     "T": lambda self: self.data(self.number("i"), "latin1"),
@@ -681,50 +586,42 @@ _ACTIONS: dict[str, Callable[[Unpickler], Any]] = {
     "\x8c": lambda self: self.data(self.number("B"), "utf-8"),
     "X": lambda self: self.data(self.number("I"), "utf-8"),
     "\x8d": lambda self: self.data(self.number("Q"), "utf-8"),
-    ")": lambda self: self.push(()),
-    "t": lambda self: self.push(tuple(self.marked())),
-    "\x85": lambda self: self.push(self.last(1)),
-    "\x86": lambda self: self.push(self.last(2)),
-    "\x87": lambda self: self.push(self.last(3)),
-    "]": lambda self: self.push([]),
-    "l": lambda self: self.push(list(self.marked())),
-    "a": lambda self: self.extend([self.pop()], list, ""),
-    "e": lambda self: self.extend(self.marked(), list, ""),
-    "}": lambda self: self.push(Dict([])),
-    "d": lambda self: self.pairs(self.marked()),
-    "s": lambda self: self.extend(list(self.last(2)), Dict, "pairs"),
-    "u": lambda self: self.extend(self.marked(), Dict, "pairs"),
-    "\x8f": lambda self: self.push(Set([])),
-    "\x90": lambda self: self.extend(self.marked(), Set, "items"),
-    "\x91": lambda self: self.push(Set(self.marked())),
+    ")": lambda self: self.push(["t"]),
+    "t": lambda self: self.push(["t", *self.marked()]),
+    "\x85": lambda self: self.push(["t", *self.last(1)]),
+    "\x86": lambda self: self.push(["t", *self.last(2)]),
+    "\x87": lambda self: self.push(["t", *self.last(3)]),
+    "]": lambda self: self.push(["l"]),
+    "l": lambda self: self.push(["l", *self.marked()]),
+    "a": lambda self: self.extend("l", self.last(1)),
+    "e": lambda self: self.extend("l", self.marked()),
+    "}": lambda self: self.push(["d"]),
+    "d": lambda self: self.dictionary(self.marked()),
+    "s": lambda self: self.extend("d", self.last(2)),
+    "u": lambda self: self.extend("d", self.marked()),
+    "\x8f": lambda self: self.push(["s"]),
+    "\x90": lambda self: self.extend("s", self.marked()),
+    "\x91": lambda self: self.push(["s", *self.marked()]),
     "c": lambda self: self.find(self.line(), self.line()),
-    "\x93": Unpickler.name_on_stack,
-    "R": Unpickler.call,
-    "\x81": Unpickler.call,
-    "\x92": Unpickler.with_keywords,
-    "o": Unpickler.object,
-    "i": Unpickler.named_object,
-    "b": Unpickler.build,
-    "Q": Unpickler.persistent,
+    "\x93": _Unpickler.name_on_stack,
+    "R": _Unpickler.call,
+    "\x81": _Unpickler.call,
+    "b": _Unpickler.build,
+    "Q": _Unpickler.persistent,
     "q": lambda self: self.remember(self.number("B")),
     "r": lambda self: self.remember(self.number("I")),
     "\x94": lambda self: self.remember(len(self.memo)),
     "h": lambda self: self.recall(self.number("B")),
     "j": lambda self: self.recall(self.number("I")),
-    "\x82": _refuse_extension,
-    "\x83": _refuse_extension,
-    "\x84": _refuse_extension,
-    "\x97": _refuse_buffer,
-    "\x98": _refuse_buffer,
 }
-"""What each opcode does. Those of the text protocol (0) are unknown, except numbers and names."""
+"""What each opcode of protocols 2 to 5 does, without those that write objects of other classes."""
 _OPCODES = {ord(code): action for code, action in _ACTIONS.items()}
 
 
 # ---- files
 
 
-def _parts(name: tuple[Any, ...]) -> tuple[str, str, int]:
+def _parts(name: list[Any]) -> tuple[str, str, int]:
     """Return type, key and number of elements of a storage by its persistent id."""
     if len(name) < 5 or _text(name[0]) != "storage" or not isinstance(name[1], Name) or type(name[4]) is not int:
         raise Damaged("its pickle refers to something outside")
@@ -736,14 +633,14 @@ def _parts(name: tuple[Any, ...]) -> tuple[str, str, int]:
 
 def load_plain(file: BinaryIO, start: int, end: int, budget: Budget) -> Any:
     """Return the content of a pickle."""
-    return Unpickler(file, start, end, budget).load()
+    return _Unpickler(file, start, end, budget).load()
 
 
 def load_legacy(file: BinaryIO, start: int, end: int, budget: Budget, inside: tuple[int, ...] = ()) -> Any:
     """Return the content of a file as torch.save wrote it before 1.6: pickles, then the values of each storage."""
     storages: dict[str, Storage] = {}
 
-    def find(name: tuple[Any, ...]) -> Storage:
+    def find(name: list[Any]) -> Storage:
         kind, key, number = _parts(name)
         storage = storages.setdefault(key, Storage(kind, number, None))
         if (storage.kind, storage.number) != (kind, number):
@@ -752,14 +649,16 @@ def load_legacy(file: BinaryIO, start: int, end: int, budget: Budget, inside: tu
             raise Damaged("a storage that is a part of another one")
         return storage
 
-    unpickler = Unpickler(file, start, end, budget, find, inside)
+    unpickler = _Unpickler(file, start, end, budget, find, inside)
     magic, version, system = unpickler.load(), unpickler.load(), unpickler.load()
     if magic != 0x1950A86A20F9469CFC6C or version != 1001:
         raise Damaged("it is not a file of torch.save")
-    if isinstance(system, Dict):
-        _check_byte_order(system)
+    if _is(system, "d"):
+        for key, value in zip(system[1::2], system[2::2], strict=True):
+            if isinstance(key, Data) and key.text == "little_endian" and value is not True:
+                raise Damaged("it was written on a machine with the other order of bytes")
     content = unpickler.load()
-    for key in _sequence(unpickler.load()):
+    for key in _items(unpickler.load()):
         storage = storages.get(_text(key))
         if storage is None or storage.place is not None:
             raise Damaged("a storage that no tensor has, or twice the same")
@@ -774,12 +673,6 @@ def load_legacy(file: BinaryIO, start: int, end: int, budget: Budget, inside: tu
     if any(storage.place is None for storage in storages.values()):
         raise Damaged("it does not have the values of all tensors")
     return content
-
-
-def _check_byte_order(system: Dict) -> None:
-    for key, value in zip(system.pairs[::2], system.pairs[1::2], strict=True):
-        if isinstance(key, Data) and key.text == "little_endian" and value is not True:
-            raise Damaged("it was written on a machine with the other order of bytes")
 
 
 def _bytes_of(kind: str) -> int:
@@ -827,9 +720,9 @@ def load_zip(file: BinaryIO, start: int, end: int, budget: Budget) -> Any:
         if file.read(min(size, 6)) != b"little":
             raise Damaged("it was written on a machine with the other order of bytes")
     storages: dict[str, Storage] = {}
-    unpickler: Unpickler
+    unpickler: _Unpickler
 
-    def find(name: tuple[Any, ...]) -> Storage:
+    def find(name: list[Any]) -> Storage:
         kind, key, number = _parts(name)
         storage = storages.get(key)
         if storage is None:
@@ -843,7 +736,7 @@ def load_zip(file: BinaryIO, start: int, end: int, budget: Budget) -> Any:
         return storage
 
     at, size = place("data.pkl")
-    unpickler = Unpickler(file, at, at + size, budget, find)
+    unpickler = _Unpickler(file, at, at + size, budget, find)
     return unpickler.load()
 
 
@@ -853,7 +746,7 @@ LOADERS = {"zip": load_zip, "legacy": load_legacy, "plain": load_plain}
 # ---- the description
 
 
-class Describer:
+class _Describer:
     """Turns values into what JSON can hold."""
 
     def __init__(self) -> None:
@@ -862,60 +755,54 @@ class Describer:
         self._nodes, self._characters = NODES, CHARACTERS
 
     def describe(self, value: Any, depth: int = 0) -> Any:
-        """Return the description of a value."""
-        self._nodes -= 1
-        if self._nodes < 0:
-            raise Damaged(f"it has more than {NODES:,} values")
-        if value is None or type(value) in (bool, int, float):
-            return value
+        self._count(1)
         if isinstance(value, Data):
-            if value.text is None or value.encoded:
-                return ["x"]
-            self._characters -= len(value.text)
-            if self._characters < 0:
-                raise Damaged(f"it has more than {CHARACTERS:,} characters of text")
-            return value.text
+            return self._text(value)
+        if isinstance(value, Name | NumberType | Storage):
+            return ["x"]
+        if not isinstance(value, list):
+            return value
         if depth > DEPTH:
             raise Damaged("its values are nested too deeply")
-        for kind, letter, attribute in _CONTAINERS:
-            if isinstance(value, kind):
-                items = cast("Iterable[Any]", getattr(value, attribute) if attribute else value)
-                return [letter, *[self.describe(each, depth + 1) for each in items]]
-        if isinstance(value, Tensor):
-            if value.storage.place is None:
-                raise Damaged("it does not have the values of all tensors")
-            self._nodes -= 8 + 2 * len(value.shape)
-            place = tuple(value.storage.place)
-            index = self._index.setdefault(place, len(self.storages))
-            if index == len(self.storages):
-                self.storages.append(value.storage.place)
-            return ["T", index, value.kind, value.offset, list(value.shape), list(value.strides)]
-        if isinstance(value, Array):
-            self._nodes -= 8 + 64
-            return _describe_array(value)
-        if isinstance(value, Odd):
-            return ["!", value.reason]
-        if isinstance(value, Complex):
-            return ["c", *value.parts]
-        return ["x"]
+        node = cast("list[Any]", value)
+        letter, *items = node
+        if letter in "dlts":
+            return [letter, *[self.describe(each, depth + 1) for each in items]]
+        if letter == "T":
+            return self._tensor(*items)
+        return self._array(items) if letter == "A" else node
 
+    def _count(self, nodes: int) -> None:
+        self._nodes -= nodes
+        if self._nodes < 0:
+            raise Damaged(f"it has more than {NODES:,} values")
 
-_CONTAINERS: tuple[tuple[type, str, str], ...] = (
-    (Dict, "d", "pairs"),
-    (tuple, "t", ""),
-    (list, "l", ""),
-    (Set, "s", "items"),
-)
+    def _text(self, data: Data) -> Any:
+        if data.text is None or data.encoded:
+            return ["x"]
+        self._characters -= len(data.text)
+        if self._characters < 0:
+            raise Damaged(f"it has more than {CHARACTERS:,} characters of text")
+        return data.text
 
+    def _tensor(self, storage: Storage, kind: str, offset: int, shape: list[int], strides: list[int]) -> list[Any]:
+        if storage.place is None:
+            raise Damaged("it does not have the values of all tensors")
+        self._count(8 + 2 * len(shape))
+        index = self._index.setdefault(tuple(storage.place), len(self.storages))
+        if index == len(self.storages):
+            self.storages.append(storage.place)
+        return ["T", index, kind, offset, shape, strides]
 
-def _describe_array(array: Array) -> list[Any]:
-    try:
-        _, shape, number, in_fortran_order, data = array.state
-        code = f"{number.order}{number.code}" if isinstance(number, NumberType) else ""
-        place = data.place() if isinstance(data, Data) else [0, 0]  # objects are in a list
-        return ["A", code[:20], list(_numbers(shape)), bool(in_fortran_order), place]
-    except (ValueError, Damaged):
-        return ["!", "it is not an array of numbers"]
+    def _array(self, state: list[Any]) -> list[Any]:
+        self._count(8 + 64)
+        try:
+            _, shape, number, in_fortran_order, data = state
+            code = f"{number.order}{number.code}" if isinstance(number, NumberType) else ""
+            place = data.place() if isinstance(data, Data) else [0, 0]  # objects are in a list
+            return ["A", code[:20], _numbers(shape), bool(in_fortran_order), place]
+        except (ValueError, Damaged):
+            return ["!", "it is not an array of numbers"]
 
 
 class Remote(io.RawIOBase):
@@ -970,7 +857,7 @@ def _limit() -> None:
 def describe(kind: str, file: BinaryIO, size: int) -> dict[str, Any]:
     """Return the result for a file."""
     try:
-        describer = Describer()
+        describer = _Describer()
         content = describer.describe(LOADERS[kind](file, 0, size, Budget()))
         return {"content": content, "storages": describer.storages}
     except Refused as error:
