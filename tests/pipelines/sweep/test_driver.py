@@ -198,6 +198,33 @@ def test_a_failed_trial_keeps_its_checkpoints(tmp_path: Path) -> None:
     assert not (tmp_path / "trial-001" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("link", ["trial-001", "trial-001/checkpoints"])
+def test_pruning_follows_no_link_to_other_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, link: str
+) -> None:
+    mine = tmp_path / "production" / "checkpoints" / "step_00000008"
+    mine.mkdir(parents=True)
+    (mine / "model.safetensors").write_bytes(bytes(10))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "named").symlink_to(tmp_path / "sweep")  # the sweep's own folder may be one
+    store = trial_store(tmp_path / "named", [(8, 0.4)], [(8, 0.1)])
+    place = tmp_path / "sweep" / link
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(mine.parents[1] if link == "trial-001" else mine.parent)
+    for trial in store.records:
+        store.set_status(trial.name, "finished")
+    store.prune(0)
+    assert (mine / "model.safetensors").exists()
+    assert place.is_symlink()
+    assert "The checkpoints of trial-001 were not deleted: a link leads to them." in caplog.text
+    place.unlink()
+    folder = tmp_path / "sweep" / "trial-001" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(bytes(10))
+    store.prune(0)
+    assert not folder.exists()
+
+
 def test_stored_trials_and_pruning_on_s3(bucket: str) -> None:
     store = TrialStore(locate(f"{bucket}/sweep"), [{"optimizer.lr": rate} for rate in (0.1, 0.2)])
     for trial, pq in zip(store.records, (0.4, 0.1), strict=True):
