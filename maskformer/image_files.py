@@ -1,7 +1,7 @@
 """Open image files that may be hostile: no decoder starts but those of listed formats, and none before the size that
 the header declares was checked. Whatever a decoder raises becomes a ValueError.
 
-`maskformer.images` reads pictures of people with it, `pipelines.data.pixels` those of data sets. Letters: H W image.
+`maskformer.images` reads the pictures of users with it, `pipelines.data.pixels` those of data sets. Letters: H W image.
 """
 
 import io
