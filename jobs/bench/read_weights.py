@@ -22,16 +22,15 @@ READERS = {
     "torch.load(weights_only=True)": "torch.load(path, map_location='cpu', weights_only=True)",
 }
 _PROCESS = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch, maskformer.weights
 path, command = sys.argv[1:]
-def now():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before, start = now(), time.perf_counter()
+def memory(name):
+    return 1024 * int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
+before, start = memory("VmRSS"), time.perf_counter()
 exec(command)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([seconds, peak - before]))
+print(json.dumps([seconds, memory("VmHWM") - before]))  # ru_maxrss would count the process that started this one
 """
 
 
