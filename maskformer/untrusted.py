@@ -88,8 +88,8 @@ def escaped(value: object, longest: int | None = None) -> str:
     """
     text = value if isinstance(value, str) else str(value)
     cut = longest is not None and len(text) > longest
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:longest])
-    return f"{shown}..." if cut else shown
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:longest])
+    return f"{line}..." if cut else line
 
 
 def shown(value: object, longest: int = 100) -> str:

@@ -26,7 +26,8 @@ from pipelines.data.synthetic import SyntheticConfig, draw_and_pack
 from tests.browser import Browser, chromium
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# One server forks the processes of all tests. It imports once what they use, and is started by whichever test is first.
+# One server forks the processes of all tests. It imports once what they use, which counts as their
+# memory and sets pyarrow's memory pool, and is started by whichever test is first.
 multiprocessing.set_forkserver_preload(
     [
         "tests.security.checkpoint_attacks",

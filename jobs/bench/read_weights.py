@@ -26,7 +26,7 @@ import json, re, sys, time
 import torch, maskformer.weights
 path, command = sys.argv[1:]
 def memory(name):
-    return 1024 * int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, start = memory("VmRSS"), time.perf_counter()
 exec(command)
 seconds = time.perf_counter() - start

@@ -800,7 +800,7 @@ class _Describer:
             _, shape, number, in_fortran_order, data = state
             code = f"{number.order}{number.code}" if isinstance(number, NumberType) else ""
             place = data.place() if isinstance(data, Data) else [0, 0]  # objects are in a list
-            return ["A", code[:20], _numbers(shape), bool(in_fortran_order), place]
+            return ["A", code[:20], _numbers(shape), in_fortran_order is True, place]
         except (ValueError, Damaged):
             return ["!", "it is not an array of numbers"]
 

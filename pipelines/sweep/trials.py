@@ -102,24 +102,27 @@ class TrialStore:
         kept = 0
         for rank, trial in enumerate(ended):
             checkpoints = self.folder / trial.name / "checkpoints"
+            if _is_linked(checkpoints, self.folder):
+                logger.warning("The checkpoints of %s were not deleted: a link leads to them.", trial.name)
+                continue
             try:
                 with patience(_PATIENCE):
                     size = checkpoints.size()
                     if rank == 0 or kept + size <= gigabytes * 1e9:
                         kept += size
-                    elif size and self._links_out(checkpoints):
-                        logger.warning("The checkpoints of %s were not deleted: a link leads to them.", trial.name)
                     elif size:
                         logger.info("Deleting the checkpoints of %s, %.2f GB.", trial.name, size / 1e9)
                         checkpoints.delete()
             except (UserError, StorageUnavailableError, OSError) as error:  # the sweep can continue
                 logger.warning("The checkpoints of %s were not deleted. %s", trial.name, error)
 
-    def _links_out(self, checkpoints: Location) -> bool:
-        """Return whether a trial's folder, which may be a stranger's, is a link to somewhere else."""
-        inside = os.path.relpath(checkpoints.path, self.folder.path)
-        expected = os.path.join(os.path.realpath(self.folder.path), inside)
-        return self.folder.is_local and os.path.realpath(checkpoints.path) != expected
+
+def _is_linked(inside: Location, folder: Location) -> bool:
+    """Return whether there is a link between a folder, which may be a stranger's, and a place in it."""
+    if not folder.is_local:
+        return False
+    below = os.path.relpath(inside.path, folder.path)
+    return os.path.realpath(inside.path) != os.path.join(os.path.realpath(folder.path), below)
 
 
 def _trial(line: dict[str, Any]) -> TrialRecord:

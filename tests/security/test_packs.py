@@ -279,6 +279,10 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "an index of 1,500 names of 1 MB": (long_names(2**20, 1500), "more than 4,095 bytes"),
     "an index of 200,000 names of 4,000 bytes": (long_names(4000, 200_000), "file names of 800,000,000 bytes"),
     "an index whose page has 300 MB, and its footer says 100 bytes": (large_page(300_000_000), "pages of its column"),
+    "an index in a delta encoding": (
+        index(lambda rows: None, use_dictionary=False, column_encoding={"file_name": "DELTA_LENGTH_BYTE_ARRAY"}),
+        "pages of its column file_name",
+    ),
     "an index whose footer says 150 million rows": (footer_says(150_000_000), "other numbers of rows"),
     "height 0": (first(height=0), "an image without a size"),
     "a negative width": (first(width=-32), "an image without a size"),

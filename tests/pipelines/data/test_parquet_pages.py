@@ -1,6 +1,7 @@
 """Headers of pages: files of pyarrow are accepted, and each number that contradicts the footer is refused."""
 
 import io
+import tracemalloc
 from typing import Any
 
 import pyarrow as pa
@@ -112,3 +113,66 @@ def test_a_size_of_64_bits_does_not_count(number: int) -> None:
     content[at] = 0x16
     with pytest.raises(ValueError, match="column a are not"):
         check(bytes(content))
+
+
+@pytest.mark.parametrize("field", [2, 2 + 2**16], ids=["a second time", "2 in 16 bits"])
+def test_a_second_size_is_refused(field: int) -> None:
+    """pyarrow takes the last of them, and reads the number of a field as 16 bits."""
+    content = written(pa.table({"a": [1, 2, 3]}), use_dictionary=False, compression="none", write_statistics=False)
+    (place,) = headers(content)
+    sizes = [place + 2, after_number(content, place + 2)]
+    column = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0).column(0)
+    end = place + column.total_compressed_size - content[sizes[1] + 1] // 2  # of the header; the size is doubled
+    assert content[end - 1] == 0
+    more = b"\x05" + varint(field) + varint(60)
+    changed = bytearray(content[: end - 1] + more + content[end - 1 : place + column.total_compressed_size - len(more)])
+    for size in sizes:  # so that with the longer header, all is as the footer says
+        changed[size + 1] -= 2 * len(more)
+    with pytest.raises(ValueError, match="column a are not"):
+        check(bytes(changed) + content[len(changed) :])
+
+
+def varint(value: int) -> bytes:
+    value, digits = 2 * value, bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT"])
+def test_other_encodings_are_refused(encoding: str) -> None:
+    """A page of lengths in a delta encoding has a number inside for which pyarrow takes memory."""
+    content = written(TABLE.select(["id"]), use_dictionary=False, column_encoding=encoding)
+    with pytest.raises(ValueError, match="column id are not"):
+        check(content)
+
+
+def test_other_encodings_of_texts_are_refused() -> None:
+    for encoding in ("DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"):
+        content = written(TABLE.select(["name"]), use_dictionary=False, column_encoding=encoding)
+        with pytest.raises(ValueError, match="column name are not"):
+            check(content)
+
+
+@pytest.mark.parametrize("fields", [b"\x1c\x00", b"\x15\x00", b"\x11", b"\x05\x02\x00"], ids=bytes.hex)
+def test_a_huge_header_takes_no_memory(fields: bytes) -> None:
+    table = pa.table({"a": range(1_000_000)})
+    content = written(table, use_dictionary=False, compression="none", data_page_size=2**24, write_statistics=False)
+    parquet = pq.ParquetFile(pa.BufferReader(content))
+    changed = content[:4] + fields * (8_000_000 // len(fields)) + content[4 + 8_000_000 // len(fields) * len(fields) :]
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="column a are not"):
+        require_agreeing_pages(changed, parquet.metadata)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_a_file_of_tiny_pages_is_refused() -> None:
+    """Thousands of headers that many columns share would take minutes."""
+    table = pa.table({"a": range(20_000)})
+    options = {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1}
+    with pytest.raises(ValueError, match="column a are not"):
+        check(written(table, **options))
+    check(written(table.slice(0, 2000), **options))
