@@ -136,14 +136,6 @@ def test_the_demo_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) ->
     assert started == [replace(DEMO, run=replace(DEMO.run, steps=3, seed=4, storage="runs"))]
 
 
-def test_a_plan_takes_a_file(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("MASKFORMER_TRAIN_DATA", raising=False)
-    file = write({"recipe": "demo", "run": {"steps": 1234}})
-    monkeypatch.setattr(sys, "argv", ["job", "--config", file, "--cluster.gpus-per-node", "0"])
-    plan.main()
-    assert "1,234 = 9,872 images" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("main", [plan.main, train_r50.main])
 def test_help_names_the_flag(
     main: Callable[[], int | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,8 +1,10 @@
 """The plan at the command line: marked figures, prices, and refusals in one paragraph with status 2."""
 
+import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -58,11 +60,13 @@ def test_the_price_is_hours_times_gpus_times_price(planned: Callable[..., Answer
     assert "warning: 4 of 8 GPUs are paid for and idle." in out
 
 
-def test_a_recipe_for_cpus(planned: Callable[..., Answer]) -> None:
-    status, out, _ = planned("--recipe", "demo", "--cluster.gpus-per-node", "0", "--cluster.cpus-per-node", "2")
+def test_a_recipe_for_cpus_in_a_file(planned: Callable[..., Answer], tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"recipe": "demo", "run": {"steps": 1234}}))
+    node = ("--cluster.gpus-per-node", "0", "--cluster.cpus-per-node", "2")
+    status, out, _ = planned("--config", str(tmp_path / "plan.json"), *node)
     assert status in (None, 0)
     assert "1 node(s), 0 GPUs, 2 CPUs" in out
-    assert re.search(r"^steps +given +1,700 = 13,600 images$", out, re.MULTILINE)
+    assert re.search(r"^steps +given +1,234 = 9,872 images$", out, re.MULTILINE)
     assert re.search(r"^images +\w+ +1,600 that the demo draws$", out, re.MULTILINE)
     assert "price" not in out
 

@@ -42,7 +42,7 @@ def run_for_real(config: ModelConfig, size: tuple[int, int], masks: int) -> None
     compute_losses(output, [targets], LossConfig()).total.backward()
 
 
-@pytest.mark.parametrize("config", [R50, SWIN_T], ids=["R50", "Swin-T"])
+@pytest.mark.parametrize("config", [R50, pytest.param(SWIN_T, marks=pytest.mark.slow)], ids=["R50", "Swin-T"])
 def test_saved_bytes_are_those_that_a_cpu_saves(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = build_model(config).train()
@@ -70,7 +70,7 @@ def test_saved_bytes_are_those_that_a_cpu_saves(config: ModelConfig) -> None:
         assert modeled.network < modeled.saved[0] < modeled.saved[1] < modeled.peak[1]
 
 
-@pytest.mark.parametrize("config", [R50, SWIN_T], ids=["R50", "Swin-T"])
+@pytest.mark.parametrize("config", [R50, pytest.param(SWIN_T, marks=pytest.mark.slow)], ids=["R50", "Swin-T"])
 def test_recomputed_activations_are_not_counted_as_saved(config: ModelConfig) -> None:
     """What is left of the blocks of a backbone are their inputs: one map of four or more."""
     whole = activations(config, 1, (256, 320), (3,), "cuda")

@@ -58,6 +58,7 @@ def gauges(run: str) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
+@pytest.mark.slow
 def test_prometheus_and_ray_train_get_the_figures_of_mlflow(tiny: TrainConfig, reports: Path) -> None:
     result = fit(
         replace(
