@@ -90,7 +90,7 @@ class ModelConfig:
             if type(cast("object", values)) is not tuple or len(values) != 3:
                 raise ValueError(f"model.{name} must be three numbers, got {shown(values)}.")
             for value in values:
-                if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value < 1e-6):
+                if abs(require_number(f"model.{name}", value)) > 1e6 or (name == "pixel_std" and value <= 0):
                     raise ValueError(f"model.{name} is out of range, got {shown(values)}.")
         if self._parameters() > _MOST_PARAMETERS:
             raise ValueError(
