@@ -287,7 +287,7 @@ def train_elsewhere(config: TrainConfig, address: str, before: str = "pass") -> 
     return one_paragraph(result.stderr), time.monotonic() - start
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+@pytest.mark.parametrize("address", ["127.0.0.1:9", pytest.param("ray://127.0.0.1:9", marks=pytest.mark.slow)])
 def test_a_cluster_that_is_not_there(config: TrainConfig, address: str) -> None:
     complaint, seconds = train_elsewhere(config, address)
     assert f"RAY_ADDRESS={address}" in complaint

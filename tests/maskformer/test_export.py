@@ -66,7 +66,7 @@ def written(folder: Path, config: ModelConfig, format: ExportFormat, size: Size 
     return Exported(model, file, export(model, file, format, size))
 
 
-@pytest.fixture(scope="module", params=["resnet50", "swin_t"])
+@pytest.fixture(scope="module", params=["resnet50", pytest.param("swin_t", marks=pytest.mark.slow)])
 def onnx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
     config, size = (RESNET, None) if request.param == "resnet50" else (SWIN, SWIN_SIZE)

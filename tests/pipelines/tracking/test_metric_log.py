@@ -137,6 +137,7 @@ def test_points_of_an_outage_arrive_once(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped_and_started_again_has_every_point(tmp_path: Path) -> None:
     with mlflow_server(tmp_path) as (uri, _):
         run = TrackedRun.open(uri, "outages", "run", "/runs/restart", {})

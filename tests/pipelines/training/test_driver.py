@@ -161,6 +161,7 @@ def test_overflow_ends_the_run_and_says_where(tiny: TrainConfig) -> None:
     assert "forward pass" in str(report)
 
 
+@pytest.mark.slow
 def test_a_driver_that_lost_its_lock_stops_and_writes_nothing(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
