@@ -60,6 +60,7 @@ def test_the_price_is_hours_times_gpus_times_price(planned: Callable[..., Answer
     assert "warning: 4 of 8 GPUs are paid for and idle." in out
 
 
+@pytest.mark.slow
 def test_a_recipe_for_cpus_in_a_file(planned: Callable[..., Answer], tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"recipe": "demo", "run": {"steps": 1234}}))
     node = ("--cluster.gpus-per-node", "0", "--cluster.cpus-per-node", "2")

@@ -67,6 +67,7 @@ def test_one_picture_does_not_import_ray(command: list[str], tmp_path: Path) -> 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_killed_prediction_continues(
     command: list[str],
     jobs: "list[subprocess.Popen[str]]",
