@@ -30,6 +30,15 @@ def noise(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def varint(value: int) -> bytes:
+    """Return a number from 0 on as Thrift's compact protocol, that of Parquet, writes it."""
+    value, digits = 2 * value, bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 

@@ -26,7 +26,7 @@ from pipelines.evaluation.predictions import _Compare, _read
 from pipelines.evaluation.score import _truth
 from pipelines.storage import locate, sha256
 from tests.pipelines.data.coco_folder import SPLIT, write_coco_folder
-from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise
+from tests.security.hostile_files import BOMBS, NO_FILES, OTHER_FORMATS, encoded, noise, varint
 from tests.security.hostile_use import REFUSALS, use_pack
 from tests.security.isolated import MEMORY, run
 from tests.security.test_data_sets import ends_of, require
@@ -204,15 +204,6 @@ def large_page(size: int) -> Change:
         index_is(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1", folder)
 
     return edit
-
-
-def varint(value: int) -> bytes:
-    """Return a positive number as Thrift's compact protocol writes it."""
-    value, digits = 2 * value, bytearray()
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*digits, value])
 
 
 ATTACKS: dict[str, tuple[Change, str]] = {

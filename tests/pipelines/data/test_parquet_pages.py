@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.parquet_pages import require_agreeing_pages
+from tests.security.hostile_files import varint
 
 TABLE = pa.table(
     {
@@ -130,14 +131,6 @@ def test_a_second_size_is_refused(field: int) -> None:
         changed[size + 1] -= 2 * len(more)
     with pytest.raises(ValueError, match="column a are not"):
         check(bytes(changed) + content[len(changed) :])
-
-
-def varint(value: int) -> bytes:
-    value, digits = 2 * value, bytearray()
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*digits, value])
 
 
 @pytest.mark.parametrize("encoding", ["DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT"])
